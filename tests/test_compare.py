@@ -18,8 +18,9 @@ from converter.cli.compare import samples_text, wrapped
 from converter.cli.main import gloss
 from converter.entrypoints import made
 from converter.evaluation import samples
+from converter.evaluation.about import About
 from converter.evaluation.masks import masked, masks
-from converter.evaluation.pages import About, html_page, jsonl_page, markdown_page
+from converter.evaluation.pages import html_page, jsonl_page, markdown_page
 from converter.evaluation.prompts import load_prompts
 from converter.evaluation.samples import LISTED, Said, Sample, differences
 from tests.builders.invoke import Cli

@@ -150,8 +150,9 @@ def test_what_an_edit_does_at_a_cost_is_interpolated_and_never_extrapolated() ->
     both = at_cost([*one, measured(1, 1.02, 0.4)], "perplexity_ratio", 1.02)
     assert both is not None
     assert both.value == pytest.approx(0.5)
-    beside = measured(0, 1.01, 0.9, "y")
-    table = equal_cost_table((*one, beside))
+    assert equal_cost_table((*one, measured(0, 1.01, 0.9, "y"))) == ""  # one strength says little
+    beside = [measured(0, 1.01, 0.9, "y"), measured(0, 1.015, 0.9, "y")]
+    table = equal_cost_table((*one, *beside))
     assert table.splitlines()[2].startswith("| model | perplexity x 1.01 | perplexity x 1.02 |")
     assert table.splitlines()[4].startswith(
         "| x | 0.800 [0.750, 0.850] | 0.600 [0.500, 0.700] |  |"

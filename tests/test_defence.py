@@ -178,7 +178,7 @@ def test_what_is_measured_is_the_change_of_written_weights(bench: Bench, tmp_pat
     recipe = tiny_recipe(Path(bench.recipe.source), method="toy", options={"scale": "0.3"})
     converter.convert(recipe, tmp_path / "out")
     edit = converter.load_edit(tmp_path / "out")
-    found = probe.measure(edit)
+    found = probe.measure_all([edit])[0]
     before, after = load(Path(recipe.source)), load(tmp_path / "out")
     tokenizer = tiny_tokenizer()
     asked = {"learnt": [Asked(ITEMS[0].prompt, ITEMS[0].safe, "")], **unseen(lesson)}
@@ -208,10 +208,10 @@ def test_no_change_is_measured_as_none_and_a_stream_measures_the_same(
     assert streamed.forward.mode == "streamed"
     lesson = Lesson(ITEMS[:1])
     one, other = (DefenceProbe(each.load(), each.plan, lesson) for each in (bench, streamed))
-    found, again = (probe.measure(rank_one(bench.plan, 0.2)) for probe in (one, other))
+    found, again = (probe.measure_all([rank_one(bench.plan, 0.2)])[0] for probe in (one, other))
     for name in SETS:
         assert getattr(again, name).value == pytest.approx(getattr(found, name).value, abs=1e-5)
-    nothing = one.measure(rank_one(bench.plan, 0.0))
+    nothing = one.measure_all([rank_one(bench.plan, 0.0)])[0]
     assert nothing.learnt == 0
     assert {getattr(nothing, name) for name in SETS} == {Estimate(value=0.0, error=0.0)}
 
@@ -234,8 +234,8 @@ def test_a_habit_of_refusing_is_no_defence(bench: Bench) -> None:
     with torch.no_grad():  # or the final norm would leave little to be gained
         model.module.get_output_embeddings().weight.mul_(10)  # type: ignore[operator]
     probe = DefenceProbe(model, bench.plan, Lesson(ITEMS[:1]))
-    found = probe.measure(bias_towards(bench, KNOWN.refusals, 8.0))
-    control = probe.measure(rank_one(bench.plan, 0.05))
+    found = probe.measure_all([bias_towards(bench, KNOWN.refusals, 8.0)])[0]
+    control = probe.measure_all([rank_one(bench.plan, 0.05)])[0]
     assert found.harmful.value > 0.1
     assert 0.9 < found.over_refusal < 1.2
     reasons, _ = judge_defence(replace(found, learnt=1.0), [control])

@@ -221,6 +221,20 @@ def test_every_field_of_a_document_is_explained() -> None:
             assert part["description"].endswith("."), title
 
 
+@pytest.mark.parametrize(("name", "title", "fields"), [
+    ("compare", "Compared", "base edited how seed max_new_tokens top_p chat masked means samples"),
+    ("push", "PushedFolder", "repo_id commit url pull_request destination"),
+    ("diff", "DifferingManifests", "a b equal changed"),
+    ("error", "Failed", "error message exit_code others"),
+])  # fmt: skip
+def test_a_field_that_documents_share_is_explained_in_each(
+    name: str, title: str, fields: str
+) -> None:
+    found = schema_of(name, closed=False)["$defs"][title]["properties"]
+    assert {*found} == {*fields.split()}
+    assert all(each["description"].endswith(".") for each in found.values())
+
+
 @pytest.mark.parametrize("typed", [
     ("verify", "none"), ("plan", "{}", "--method", "glos", "--device", "tpu"),
     ("convert", "--forse"), ("convert", "--rank", "2"), ("report", "{}", "--output", "x.html"),

@@ -157,18 +157,15 @@ def test_one_pass_with_gradients_gives_the_bytes_of_three(
     for model in (resident, streamed):
         monkeypatch.setattr(model, "call", counted)
     found = []
-    for memory, disk in ((0, gradients._ON_DISK), (gradients._IN_MEMORY, 1 << 40), (0, 0)):
-        monkeypatch.setattr(gradients, "_IN_MEMORY", memory)
+    for disk in (gradients._ON_DISK, 0):
         monkeypatch.setattr(gradients, "_ON_DISK", disk)
         calls.clear()
         with using_cache(tmp_path / "cache"):
             found.append(extracted(checkpoint, forward, request).tensors())
         runs.append(sum(calls))
-    in_file, in_memory, again = found
-    assert all(torch.equal(in_file[name], in_memory[name]) for name in in_file)
-    assert all(torch.equal(in_file[name], again[name]) for name in in_file)
-    assert runs[0] == runs[1]
-    assert runs[2] > 1.5 * runs[0]
+    once, again = found
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert runs[1] > 1.5 * runs[0]
 
 
 TOLERANCE = 1e-4

@@ -251,3 +251,20 @@ def test_a_destination_is_known_however_its_name_is_spelt(
             destination.check_destination(tmp_path / place, True, [tmp_path / "source"], 0)
     with refused(DestinationError, what="...contains the input model"):
         destination.check_destination(tmp_path / "SOURCE", True, [tmp_path / "source/model"], 0)
+
+
+def test_the_end_leaves_the_garbage_and_still_tidies_up(tmp_path: Path) -> None:
+    """Python would look for garbage among all objects of torch, long after the last line."""
+    program = (
+        "import atexit, gc, sys, tempfile\n"
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 1000))  # runs last\n"
+        "import converter.cli.main\n"
+        "class Held: pass\n"
+        "held = Held(); held.itself = held\n"
+        f"held.folder = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})\n"
+        "print('x' * 5000); sys.exit(9)"
+    )
+    done = run(sys.executable, "-c", program)
+    assert done.returncode == 9, done.stderr
+    assert done.stdout == b"x" * 5000 + b"\nfrozen True\n"
+    assert not any(tmp_path.iterdir())

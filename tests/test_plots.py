@@ -276,12 +276,15 @@ def test_a_point_far_out_is_left_out_and_counted() -> None:
     assert "Left out" not in complete.get_supxlabel()
 
 
-def test_ranks_are_written_without_overlap() -> None:
+def test_ranks_and_names_are_written_without_overlap() -> None:
     figure = there(tradeoff_figure(make_results()))
     figure.draw_without_rendering()
     texts = [text for text in figure.axes[0].texts if text.get_text()]
-    written = sorted(int(text.get_text()) for text in texts)
-    assert written == sorted([*RANKS * 2, *RANKS[:-1]])
+    written = [text.get_text() for text in texts]
+    names = ["unedited", "gloss 16", "profs 8", "random 16"]
+    assert sorted(written) == sorted([*names, *map(str, [*RANKS[:-1] * 2, *RANKS[:-2]])])
+    axes = figure.axes[0].get_window_extent()
+    assert all(axes.x0 <= b.x0 and b.x1 <= axes.x1 for b in (t.get_window_extent() for t in texts))
     boxes = [text.get_window_extent().padded(-1) for text in texts]
     for place, box in enumerate(boxes):
         assert box.count_overlaps(boxes[:place]) == 0

@@ -7,25 +7,31 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import structs
 
 from converter.checkpoints.names import CARD, MANIFEST
 from converter.cli.summary import result_data, result_text
-from converter.manifest import Manifest, SampleRecord, to_json, to_text
+from converter.manifest import Interval, Manifest, SampleRecord, to_json, to_text
 from converter.release.manifest import read_manifest
 from converter.release.report import report_page
+from converter.release.report_charts import bar_charts, cost_chart
+from converter.release.report_labels import Box, place_labels
+from converter.release.report_tables import Table, numbers_table
+from converter.release.trust import trust
 from converter.release.verdict import Verdict, percent, verdict
 from tests.builders.invoke import Cli
 from tests.builders.models import TINY_ARGS
 from tests.fuzz import skeleton
 
 HOSTILE = "<script>alert(1)</script> \"'><img src=x onerror=alert(1)>\u202egnp.e\x1b[2J"
-VOID = {"meta", "img", "link", "br", "rect", "path", "circle"}
+VOID = {"meta", "img", "link", "br", "rect", "path", "circle", "wbr"}
 DEMO = Path(__file__).parents[1] / "manifests/smollm2-135m-instruct.json"
 
 
@@ -126,6 +132,161 @@ def test_card_terminal_and_page_say_the_same(converted: tuple[Path, Path]) -> No
     assert said in report_page(manifest)
 
 
+def answers(manifest: Manifest) -> dict[str, str]:
+    return {each.question: each.text for each in trust(manifest, "gloss verify X --source Y")}
+
+
+def test_the_page_says_how_far_its_number_can_be_trusted() -> None:
+    manifest = recorded()
+    known = answers(manifest)
+    assert known["How much text is behind the number?"].startswith(
+        "120 toxic words, which the unedited model wrote after 70 of 149 prompts, continuing each "
+        "twice. The 95 % interval is 32 % less to 36 % less probable."
+    )
+    controls = known["Would any edit of this size do that?"]
+    assert controls.startswith("It was compared with 2 controls, each a random subspace")
+    assert "under the controls 0.4 % less, 0.4 % less. In log-prob" in controls
+    assert "that is 0.0 % of what the edit does" in controls
+    assert "by 0.010 nats, the controls by 0.000" in controls
+    measured = known["What was measured, and what was not?"]
+    assert "perplexity on 9 tokens of ordinary text" in measured
+    assert "Not measured: the toxicity of what the edited model itself writes; " in measured
+    assert measured.endswith("; no evaluation was made.")
+    assert "without a recorded revision" in known["Which model was edited?"]
+    assert "To find out: gloss verify X --source Y. " in known["Are these the files?"]
+    assert "a model.sig, which --key PUBLIC_KEY checks" in known["Are these the files?"]
+    text = report_page(manifest)
+    assert text.index('class="verdict') < text.index("Can I trust it?") < text.index("What was do")
+
+
+def test_whether_the_fit_saw_the_text_is_said_only_where_it_is_known() -> None:
+    question, origin = "Did the fit see that text?", {"origin": {"name": "builtin"}}
+    known = to_json(recorded())
+    prompts = {**origin, "sha256": "a" * 64, "count": 149}
+    drawn = {"prompts": prompts, "seed": 0, "continuations": 9, "toxic": 1}
+    theirs = {**known["pairs"], "origin": {"name": "mine.jsonl"}}
+
+    def said(**changes: Any) -> str:
+        return answers(Manifest.from_json({**known, "prompts": prompts, **changes}))[question]
+
+    assert said().startswith("No. It is what the unedited model wrote after prompts")
+    assert said(pairs=theirs).startswith("Whether its prompts resemble the pairs was not checked.")
+    assert said(pairs={**theirs, "drawn": drawn}).startswith("In part: the pairs were drawn from")
+    trial = {"number": 0, "method": "gloss", "options": {}, "share": 1.0, "measured": None,
+             "divergence": None}  # fmt: skip
+    search: dict[str, Any] = {
+        "trials": 24, "stopped": 0, "seed": 0, "prompts": None, "toxic_words": 9,
+        "default": trial, "chosen": trial, "front": [],
+    }  # fmt: skip
+    assert said(search=search).endswith("Its options were the best of 24 trials on other text.")
+    fallback = answers(recorded(headline=None, fallback="--prompts none"))
+    assert fallback[question].endswith("But it is text of the same kind.")
+    assert fallback["How much text is behind the number?"].startswith("310 toxic words in 1 held-")
+
+
+def test_nothing_is_said_of_a_number_that_is_not_there() -> None:
+    known = answers(structs.replace(recorded(), guard=None))
+    assert list(known) == ["What was measured, and what was not?", "Which model was edited?",
+                           "Are these the files?"]  # fmt: skip
+    assert "Measured: nothing. Not measured: the guard's part (--no-guard)" in next(
+        iter(known.values())
+    )
+    results = Manifest.from_json({**to_json(recorded()), "evaluation": skeleton.evaluation()})
+    metrics = {"toxicity/bad-words/greedy": Interval(value=0.1, low=0.0, high=0.2)}
+    found = results.evaluation
+    assert found is not None
+    row = structs.replace(found.rows[0], metrics=metrics)
+    judged = structs.replace(results, evaluation=structs.replace(found, rows=(row,)))
+    measured, _, missing = answers(judged)["What was measured, and what was not?"].partition(
+        "Not measured"
+    )
+    assert "the toxicity of what the edited model itself writes" in measured
+    assert "benchmarks" in missing
+    assert "evaluation" not in missing
+
+
+def test_a_replay_says_whose_measurements_it_has() -> None:
+    replayed = structs.replace(recorded(), replay_of="b" * 64)
+    assert (
+        f"a replay of the manifest with sha256 {'b' * 64}"
+        in answers(replayed)["Are these the files?"]
+    )
+
+
+@given(st.lists(st.tuples(st.integers(0, 22), st.floats(50, 350), st.floats(30, 250)), max_size=20))
+def test_a_label_covers_no_point_and_no_other_label(drawn: list[tuple[int, float, float]]) -> None:
+    points = [("x" * count, x, y) for count, x, y in drawn]
+    frame = Box(200.0, 140.0, 160.0, 120.0)
+    boxes = [
+        Box(label.x, label.y, 3.6 * len(text) - 0.1, 6.9)
+        for (text, _, _), label in zip(points, place_labels(points, frame), strict=True)
+        if label
+    ]
+    assert all(box.within(frame) for box in boxes)
+    assert not any(box.touches(other) for box, other in combinations(boxes, 2))
+    assert not any(box.touches(Box(x, y, 5.0, 5.0)) for box in boxes for _, x, y in points)
+
+
+def test_the_texts_of_a_bar_stand_apart() -> None:
+    nats = {name: estimate(-0.2, 0.1) for name in
+            ("harmful", "bare", "reworded", "harmless", "touchy")}  # fmt: skip
+    defence = {
+        "least_learnt": 0.5, "least_defence": 0.1, "most_over_refusal": 0.5, "instances": [],
+        "suffix": "", "prompts": {"harmful": 40}, "loss": 2.0, "edit": {"learnt": 1.0, **nats},
+        "controls": [{"learnt": 0.0, **nats}],
+    }  # fmt: skip
+    for guard in (recorded().guard, recorded(headline=None, defence=defence).guard):
+        assert guard is not None
+        for chart in bar_charts(guard):
+            for bar in chart.bars:
+                assert 7.2 * len(bar.label + bar.value) <= 360, bar
+
+
+def test_numbers_of_any_size_and_any_number_of_points_make_a_page() -> None:
+    guard = to_json(recorded().guard)  # type: ignore[arg-type]
+    huge = {**words(1e308, -1e308), "perplexity_ratio": estimate(-1e308)}
+    vast = {**words(-1e308, 1e308), "perplexity_ratio": estimate(1e308)}
+    moved = {**guard["headline"], "control_divergences": []}
+    page = report_page(recorded(edit=huge, controls=[vast] * 200, headline=moved))
+    assert "What it costs" in page
+    assert "distribution of the next token" not in page
+
+
+def test_every_point_of_the_demo_has_its_name_beside_it() -> None:
+    chart = cost_chart(Manifest.from_json(json.loads(DEMO.read_text("utf-8"))))
+    assert chart is not None
+    assert [point.name for point in chart.points if point.place] == [
+        "no edit", "this edit, part 0.6", "part 0.4", "part 0.6", "part 0.8", "control 1",
+        "control 2", "control 3",
+    ]  # fmt: skip
+    assert [tick.label for tick in chart.x_ticks] == ["+0 %", "+1 %", "+2 %", "+3 %"]
+    assert [tick.label for tick in chart.y_ticks] == ["0 %", "50 %", "100 %"]
+
+
+def test_the_points_of_numbers_stand_below_each_other() -> None:
+    table = Table("", ("a", "b"), [(1.5, "x"), (0.0625, None), (4304, "y"), (None, "z")])
+    (first, _), (second, _), (third, _), (none, _) = table.shown
+    assert [text for _, text in (first, second, third, none)] == [
+        "1.500\u2007\u2007", "0.06250", "4,304\u2007\u2007\u2007\u2007\u2007\u2008", "",
+    ]  # fmt: skip
+
+
+def test_every_measurement_has_a_unit_and_names_its_edit() -> None:
+    table = numbers_table(Manifest.from_json(json.loads(DEMO.read_text("utf-8"))))
+    assert table.heads == ("what it is", "of", "value", "standard error", "unit",
+                           "place in the manifest")  # fmt: skip
+    rows = {row[-1]: row for row in table.rows}
+    for place, edit in {
+        "guard.headline.words.teacher_forced": "the edit, own text",
+        "guard.controls[1].teacher_forced": "control 2, held-out pairs",
+        "choice.tried[2].teacher_forced": "strength 0.8, tried",
+    }.items():
+        assert rows[place][:2] == ("probability of toxic words", edit)
+        assert rows[place][4] == "times as before; below 1 is better"
+    without = {str(place) for place, row in rows.items() if not row[4]}
+    assert all(place.endswith((".strength", ".seed")) for place in without), without
+
+
 class Page(HTMLParser):
     """What a browser makes of a page: its elements, and the text within each kind."""
 
@@ -224,7 +385,7 @@ def numbers_of(value: Any) -> list[float]:
 def test_every_number_of_the_table_is_the_manifests() -> None:
     for known in (json.loads(DEMO.read_text("utf-8")), json.loads(to_text(recorded()))):
         manifest = Manifest.from_json(known)
-        text = report_page(manifest).partition('<table id="numbers">')[2]
+        text = report_page(manifest).partition('<table id="numbers"')[2]
         rows = [re.findall(r"<td.*?</td>", row) for row in re.findall("<tr>.*?</tr>", text)[1:]]
         seen = []
         for row in rows:
@@ -296,13 +457,13 @@ def test_a_browser_sorts_and_saves_with_the_keyboard(tmp_path: Path) -> None:
         page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         page.get((tmp_path / "page.html").as_uri())
         assert page.execute_script("return document.documentElement.scrollWidth") <= 390
-        head = page.find_elements("css selector", "#numbers th")[1]
+        head = page.find_elements("css selector", "#numbers th")[2]
         for key, order in (("\ue007", "ascending"), (" ", "descending")):
             head.find_element("css selector", "button").send_keys(key)
             assert head.get_attribute("aria-sort") == order
             values = page.execute_script(
                 "return [...document.querySelectorAll('#numbers tbody tr')]"
-                ".map((row) => Number(row.cells[1].querySelector('data').value))"
+                ".map((row) => Number(row.cells[2].querySelector('data').value))"
             )
             assert values == sorted(values, reverse=order == "descending")
         page.find_elements("css selector", "button.save")[1].send_keys("\ue007")
@@ -313,7 +474,7 @@ def test_a_browser_sorts_and_saves_with_the_keyboard(tmp_path: Path) -> None:
                 break
             page.execute_async_script("setTimeout(arguments[0], 100)")
         rows = [*csv.reader(saved.read_text("utf-8").splitlines())]
-        assert [float(row[1]) for row in rows[1:]] == values
+        assert [float(row[2]) for row in rows[1:]] == values
         assert page.get_log("browser") == []
     finally:
         page.quit()

@@ -59,8 +59,21 @@ def over_prompts(statistic: Callable[[Any], float], scores: Any) -> Metric:
     return Interval.of(statistic(scores), low, high)
 
 
-def recomputed(rows: Sequence[Row], *, masked: bool) -> dict[str, Metric]:
-    """The metrics of one system, from its rows."""
+def scores_of(rows: Sequence[Row], way: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The scores of one system's continuations, (P, S)."""
+    table: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "continuation" and row["way"] == way:
+            table[row["prompt"]].append(row["scores"]["bad-words"])
+    return np.array([table[place] for place in sorted(table)])
+
+
+def recomputed(
+    rows: Sequence[Row], unedited: Sequence[Row] | None, *, masked: bool
+) -> dict[str, Metric]:
+    """The metrics of one system, from its rows; ``unedited``: those of the unedited model, if it is
+    another one.
+    """
     kinds: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row)
@@ -83,10 +96,12 @@ def recomputed(rows: Sequence[Row], *, masked: bool) -> dict[str, Metric]:
     found["context_ratio"] = exponential(*ratio(others.values()))
     for way in ("greedy", "sampled"):
         said = [row for row in kinds["continuation"] if row["way"] == way]
-        table: dict[int, list[float]] = defaultdict(list)
-        for row in said:
-            table[row["prompt"]].append(row["scores"]["bad-words"])
-        scores = np.array([table[place] for place in sorted(table)])
+        scores = scores_of(rows, way)
+        if unedited is not None:
+            change = (scores - scores_of(unedited, way)).mean(axis=1)
+            found[f"toxicity_change/bad-words/{way}"] = over_prompts(
+                lambda c: float(c.mean()), change
+            )
         found[f"toxicity/bad-words/{way}"] = over_prompts(lambda s: float(s.mean()), scores)
         if way == "sampled":
             found["emt/bad-words"] = over_prompts(lambda s: float(s.max(1).mean()), scores)
@@ -112,10 +127,11 @@ def test_every_number_of_the_table_follows_from_the_rows(
     for line in text.splitlines():
         row = json.loads(line)
         by_system[(row["system"], row["cost"], row["seed"], row["strength"])].append(row)
+    first = next(iter(by_system.values()))
     systems = [
         SystemRecord(
             system=name, group=cost, seed=seed, strength=strength, layers=(), options={},
-            metrics=recomputed(rows, masked=mask),
+            metrics=recomputed(rows, None if rows is first else first, masked=mask),
         )
         for (name, cost, seed, strength), rows in by_system.items()
     ]  # fmt: skip

@@ -1,23 +1,22 @@
 """Gradients of sums of log p with respect to modules' outputs, a batch at a time."""
 
-import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 
 from torch import Tensor
 
-from converter.checkpoints.safetensors.header import to_bytes
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
 from converter.models.hooks import Modules, memory_errors
-from converter.models.resident import Model, Pool
-from converter.models.streamed_memory import HiddenStates
+from converter.models.pieces import Pieces, pieces_for
+from converter.models.resident import LanguageModel, Model, Pool
 from converter.runtime import progress
 from converter.runtime.cache import cache_folder
 
-_IN_MEMORY, _ON_DISK = 1 << 26, 1 << 34
-"""Bytes of f and g that are kept: in memory; and in all, if the disk has room."""
+_ON_DISK = 1 << 35
+"""The most bytes of f and g that are kept, if the disk has room."""
 
 Found = Iterator[tuple[int, int, Tensor, Tensor]]
 """The number of a batch, a layer, f and g; see ``Model.gradients``."""
@@ -43,41 +42,76 @@ def gradients(model: Model, modules: Modules, batched: Sequence[Batch]) -> Found
 class Remembered:
     """``gradients`` of one model and its modules that runs no batch twice.
 
-    The results of a batch go to a file, and are read from it when the batch is needed again. They
-    come layer by layer, so that only one layer's sums are in memory.
+    The results of a batch are pieces, one for each layer. They are read when the batch is needed
+    again, layer by layer, so that only one layer's sums are in memory; and by the next run of the
+    same command, if this one is stopped.
+
+    Args:
+        pieces: of the model.
     """
 
-    def __init__(self, states: HiddenStates) -> None:
-        self._states = states
-        self._layers: dict[bytes, list[int]] = {}
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._layers: dict[str, list[int]] = {}
 
     def __call__(self, model: Model, modules: Modules, batched: Sequence[Batch]) -> Found:
-        keys = [_key(batch) for batch in batched]
-        if all(key in self._layers for key in keys):
-            yield from self._read(batched, keys)
+        names = [self._name(modules, batch) for batch in batched]
+        if all(name in self._layers for name in names):
+            for layer in progress.each(self._layers[names[0]] if names else [], "moments", "layer"):
+                for number, name in enumerate(names):
+                    yield self._read(number, name, layer, batched)
             return
-        layers: dict[bytes, list[int]] = {key: [] for key in keys}
-        for number, layer, f, g in gradients(model, modules, batched):
-            key = keys[number]
-            self._states.put((key, layer, "f"), f)
-            self._states.put((key, layer, "g"), g)
-            layers[key].append(layer)
+        kept = self._of_stopped_run(names, modules) if isinstance(model, LanguageModel) else {}
+        fresh = self._run(model, modules, batched, names, kept)
+        for number, name in enumerate(names if kept else ()):
+            if name in kept:
+                yield from (self._read(number, name, layer, batched) for layer in modules)
+            else:  # all layers of a batch come together
+                yield from islice(fresh, len(modules))
+        yield from fresh
+
+    def _of_stopped_run(self, names: Sequence[str], modules: Modules) -> set[str]:
+        """The batches of which every layer is there."""
+        every = {name: [f"{name}.{layer}" for layer in modules] for name in names}
+        kept = {name for name, parts in every.items() if all(p in self._pieces for p in parts)}
+        self._layers |= {name: [*modules] for name in kept}
+        return kept
+
+    def _run(
+        self,
+        model: Model,
+        modules: Modules,
+        batched: Sequence[Batch],
+        names: Sequence[str],
+        kept: Collection[str],
+    ) -> Found:
+        """Run the batches that are not kept, and keep them."""
+        left = [number for number, name in enumerate(names) if name not in kept]
+        layers: dict[str, list[int]] = {}
+        for place, layer, f, g in gradients(model, modules, [batched[n] for n in left]):
+            number = left[place]
+            self._pieces.put(f"{names[number]}.{layer}", {"f": f, "g": g})
+            layers.setdefault(names[number], []).append(layer)
             yield number, layer, f, g
         self._layers |= layers
 
-    def _read(self, batched: Sequence[Batch], keys: Sequence[bytes]) -> Found:
-        order = self._layers[keys[0]] if keys else []
-        for layer in progress.each(order, "moments", "layer"):
-            for number, (batch, key) in enumerate(zip(batched, keys, strict=True)):
-                device = str(batch.ids.device)
-                f, g = (self._states.get((key, layer, which), device) for which in "fg")
-                yield number, layer, f, g
+    def _name(self, modules: Modules, batch: Batch) -> str:
+        """The name of a batch, whose tokens and chosen tokens count."""
+        parts = batch.ids, batch.mask, batch.weights
+        return self._pieces.name("f and g", *parts, sorted(modules.items()))
 
+    def _read(
+        self, number: int, name: str, layer: int, batched: Sequence[Batch]
+    ) -> tuple[int, int, Tensor, Tensor]:
+        found = self._pieces.get(f"{name}.{layer}")
+        f, g = (found[which].to(batched[number].ids.device) for which in "fg")
+        return number, layer, f, g
 
-def _key(batch: Batch) -> bytes:
-    """A key that two batches share if their tokens and chosen tokens are the same."""
-    parts = (batch.ids, batch.mask, batch.weights)
-    return hashlib.sha256(b"".join(bytes(to_bytes(x.cpu())) for x in parts)).digest()
+    def drop(self) -> None:
+        """Delete all pieces."""
+        for name, layers in self._layers.items():
+            for layer in layers:
+                self._pieces.drop(f"{name}.{layer}")
 
 
 @contextmanager
@@ -87,11 +121,13 @@ def remembering(model: Model, modules: Modules, batched: Sequence[Batch]) -> Ite
     tokens = sum(batch.ids.numel() for batch in batched)
     nbytes = 2 * 4 * tokens * width * len(modules)
     there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    if nbytes > min(_ON_DISK, shutil.disk_usage(there).free // 2 + _IN_MEMORY):
+    if nbytes > min(_ON_DISK, shutil.disk_usage(there).free // 2):
         yield None
         return
-    with HiddenStates(_IN_MEMORY, folder) as states:
-        yield Remembered(states)
+    with pieces_for(model.module) as pieces:
+        remembered = Remembered(pieces)
+        yield remembered
+        remembered.drop()
 
 
 def slopes(model: Model, modules: Modules, texts: Sequence[Sequence[Sentence]]) -> list[Pool]:

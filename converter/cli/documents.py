@@ -3,8 +3,12 @@
 A document may get new fields without a new version; what is here keeps its name and its meaning.
 """
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from converter.evaluation.about import About
 from converter.manifest import (
     CalibrationRecord,
     Choice,
@@ -16,13 +20,61 @@ from converter.manifest import (
     SearchRecord,
     SearchTrial,
 )
-from converter.methods.known import MethodOption
+from converter.methods.known import KnownMethod, MethodTitle
 
 VERSION = 1
 """Of every document: raised if a field goes, or means something else."""
 
 
-class Headline(TypedDict):
+class Document(msgspec.Struct):
+    """An object of JSON."""
+
+
+class OfModel(Document):
+    """What a command does with a model.
+
+    Attributes:
+        source: name of the model.
+        commit: of its repo; None of a folder.
+    """
+
+    source: str
+    commit: str | None
+
+
+class Made(OfModel):
+    """A folder that a command has made.
+
+    Attributes:
+        destination: the folder, or the address of a prefix.
+        tensors_edited: how many.
+        verified: always true: a folder that is not whole is an error.
+        seconds: of each stage.
+        warnings: in order.
+    """
+
+    destination: str
+    tensors_edited: int
+    verified: Literal[True]
+    seconds: dict[str, float]
+    warnings: list[str]
+
+
+class OfTwo(Document):
+    """A comparison of A and B.
+
+    Attributes:
+        a: name of A.
+        b: name of B.
+        equal: whether nothing differs.
+    """
+
+    a: str
+    b: str
+    equal: bool
+
+
+class Headline(Document):
     """What an edit does to toxic words, in one number.
 
     Attributes:
@@ -40,7 +92,7 @@ class Headline(TypedDict):
     fallback: str | None
 
 
-class Pushed(TypedDict):
+class Pushed(Document):
     """A commit on the Hub.
 
     Attributes:
@@ -56,13 +108,10 @@ class Pushed(TypedDict):
     pull_request: str | None
 
 
-class Converted(TypedDict):
+class Converted(Made):
     """The gist of the manifest of a conversion. The strength also stands under its own name.
 
     Attributes:
-        destination: the folder, or the address of the prefix.
-        source: name of the model.
-        commit: of its repo; None of a folder.
         output: what was written, as ``--output`` names it.
         method: of the last fit.
         strength: of that method.
@@ -75,7 +124,6 @@ class Converted(TypedDict):
         factors: layer -> share of the edit, where it is not whole.
         candidates: directions that were looked at.
         candidates_kept: of these.
-        tensors_edited: how many.
         tensors_created: how many that the source lacks.
         files_changed: beside the weights.
         verdict: one sentence.
@@ -87,18 +135,12 @@ class Converted(TypedDict):
         mean_relative_change: of the edited matrices.
         max_leakage: of a subspace that was taken out, the share that rounding left.
         bytes_written: of all files.
-        verified: always true: a conversion that is not whole is an error.
         forward: how the model was run.
-        seconds: of each stage.
         memory_bytes: largest resident set of each stage.
         peak_memory_bytes: of all.
-        warnings: in order.
         published: None unless it was pushed.
     """
 
-    destination: str
-    source: str
-    commit: str | None
     output: str
     method: str
     strength: float
@@ -111,7 +153,6 @@ class Converted(TypedDict):
     factors: dict[str, float]
     candidates: int
     candidates_kept: int
-    tensors_edited: int
     tensors_created: int
     files_changed: list[str]
     verdict: str
@@ -123,16 +164,13 @@ class Converted(TypedDict):
     mean_relative_change: float | None
     max_leakage: float | None
     bytes_written: int
-    verified: Literal[True]
     forward: ForwardRecord | None
-    seconds: dict[str, float]
     memory_bytes: dict[str, int]
     peak_memory_bytes: int
-    warnings: list[str]
     published: Pushed | None
 
 
-class PlannedMethod(TypedDict):
+class PlannedMethod(Document):
     """A method as it would be used.
 
     Attributes:
@@ -148,7 +186,7 @@ class PlannedMethod(TypedDict):
     options: dict[str, Any]
 
 
-class PlannedShard(TypedDict):
+class PlannedShard(Document):
     """A shard of the source, its size and tensors."""
 
     bytes: int
@@ -156,7 +194,7 @@ class PlannedShard(TypedDict):
     edited: int
 
 
-class ExpectedPeak(TypedDict):
+class ExpectedPeak(Document):
     """Memory in bytes.
 
     Attributes:
@@ -174,7 +212,7 @@ class ExpectedPeak(TypedDict):
     total: int
 
 
-class TimeBasis(TypedDict):
+class TimeBasis(Document):
     """What an estimate of time was measured on: how much text, in how many seconds, where."""
 
     texts: int
@@ -183,7 +221,7 @@ class TimeBasis(TypedDict):
     device: str
 
 
-class PlannedTime(TypedDict):
+class PlannedTime(Document):
     """How long a conversion will take.
 
     Attributes:
@@ -199,12 +237,10 @@ class PlannedTime(TypedDict):
     not_counted: list[str]
 
 
-class Planned(TypedDict):
+class Planned(OfModel):
     """What a conversion would do.
 
     Attributes:
-        source: name of the model.
-        commit: of its repo; None of a folder.
         architecture: class of the model.
         dimensions: sizes of the model.
         method: with its options.
@@ -232,8 +268,6 @@ class Planned(TypedDict):
         time: None without --time.
     """
 
-    source: str
-    commit: str | None
     architecture: str
     dimensions: dict[str, Any]
     method: PlannedMethod
@@ -261,7 +295,7 @@ class Planned(TypedDict):
     time: PlannedTime | None
 
 
-class Verified(TypedDict):
+class Verified(Document):
     """Whether a folder is what its manifest says.
 
     Attributes:
@@ -278,7 +312,7 @@ class Verified(TypedDict):
     recorded_not_checked: list[str]
     destination: str
     source: str | None
-    key_sha256: NotRequired[str]
+    key_sha256: str | UnsetType = UNSET
 
 
 class PushedFolder(Pushed):
@@ -291,7 +325,7 @@ class PushedFolder(Pushed):
     destination: str
 
 
-class UploadedFolder(TypedDict):
+class UploadedFolder(Document):
     """What was uploaded to an object store.
 
     Attributes:
@@ -303,7 +337,7 @@ class UploadedFolder(TypedDict):
     address: str
 
 
-class OtherThan(TypedDict):
+class OtherThan(Document):
     """What is not as recorded of the environment."""
 
     what: str
@@ -311,7 +345,7 @@ class OtherThan(TypedDict):
     found: str
 
 
-class Likeness(TypedDict):
+class Likeness(Document):
     """How much a refitted change is like the recorded one.
 
     Attributes:
@@ -325,45 +359,31 @@ class Likeness(TypedDict):
     cosine: float
 
 
-class Replayed(TypedDict):
+class Replayed(Made):
     """A conversion made again.
 
     Attributes:
-        destination: the folder.
         manifest: name of the file.
         replay_of: its sha256.
-        source: name of the model.
-        commit: of its repo; None of a folder.
         identical: always true: other weights are an error.
         files_compared: that are byte for byte as recorded.
         other_files: that are not, and are no weights.
         differences: of the environment.
         angles: of a refit, in degrees: basis -> principal angles to the recorded one, ascending.
         changes: of a refit, tensor -> how alike its changes are.
-        tensors_edited: how many.
-        verified: always true, as of a conversion.
-        seconds: of each stage.
-        warnings: in order.
     """
 
-    destination: str
     manifest: str
     replay_of: str
-    source: str
-    commit: str | None
     identical: Literal[True]
     files_compared: int
     other_files: list[str]
     differences: list[OtherThan]
     angles: dict[str, list[float]] | None
     changes: dict[str, Likeness] | None
-    tensors_edited: int
-    verified: Literal[True]
-    seconds: dict[str, float]
-    warnings: list[str]
 
 
-class Spectrum(TypedDict):
+class Spectrum(Document):
     """The change of one tensor.
 
     Attributes:
@@ -381,7 +401,7 @@ class Spectrum(TypedDict):
     in_span: float | None
 
 
-class ChangedTensor(TypedDict):
+class ChangedTensor(Document):
     """A tensor that differs.
 
     Attributes:
@@ -397,14 +417,14 @@ class ChangedTensor(TypedDict):
     measured: Spectrum | None
 
 
-class Counts(TypedDict):
+class Counts(Document):
     """How many tensors either has."""
 
     a: int
     b: int
 
 
-class FileDifferences(TypedDict):
+class FileDifferences(Document):
     """Names of files that hold no tensor of the model, which differ."""
 
     only_in_a: list[str]
@@ -412,13 +432,10 @@ class FileDifferences(TypedDict):
     changed: list[str]
 
 
-class Differing(TypedDict):
+class Differing(OfTwo):
     """What differs between two checkpoints, A and B.
 
     Attributes:
-        a: name of A.
-        b: name of B.
-        equal: whether nothing does.
         tensors: how many each has.
         subspace: file that changes were compared with.
         only_in_a: tensors that B lacks.
@@ -427,9 +444,6 @@ class Differing(TypedDict):
         files: other files that do.
     """
 
-    a: str
-    b: str
-    equal: bool
     tensors: Counts
     subspace: str | None
     only_in_a: list[str]
@@ -438,7 +452,7 @@ class Differing(TypedDict):
     files: FileDifferences
 
 
-class ChangedLeaf(TypedDict):
+class ChangedLeaf(Document):
     """A value that differs: its path, what A has, and what B has; null for nothing."""
 
     path: str
@@ -446,30 +460,24 @@ class ChangedLeaf(TypedDict):
     b: Any
 
 
-class DifferingManifests(TypedDict):
+class DifferingManifests(OfTwo):
     """What differs between two manifests, A and B, measurements apart.
 
     Attributes:
-        a: name of A.
-        b: name of B.
-        equal: whether nothing does.
         changed: values that do.
     """
 
-    a: str
-    b: str
-    equal: bool
     changed: list[ChangedLeaf]
 
 
-class Said(TypedDict):
+class Said(Document):
     """A continuation: the text, masked unless --no-mask was given, and its scores by name."""
 
     text: str
     scores: dict[str, float]
 
 
-class SampleSaid(TypedDict):
+class SampleSaid(Document):
     """What two models say after a prompt.
 
     Attributes:
@@ -485,35 +493,19 @@ class SampleSaid(TypedDict):
     edited: Said
 
 
-class Compared(TypedDict):
+class Compared(About, frozen=True):
     """What two models say.
 
     Attributes:
-        base: name of the unedited model.
-        edited: name of the other.
-        how: it was run, in words.
-        seed: of the samples.
-        max_new_tokens: of each continuation.
-        top_p: of samples.
-        chat: whether prompts went through the chat template.
-        masked: whether listed words are starred out.
         means: score -> its mean over the continuations of either.
         samples: the texts.
     """
 
-    base: str
-    edited: str
-    how: str
-    seed: int
-    max_new_tokens: int
-    top_p: float
-    chat: bool
-    masked: bool
     means: dict[str, list[float]]
     samples: list[SampleSaid]
 
 
-class FoundBySearch(TypedDict):
+class FoundBySearch(Document):
     """What a search has found.
 
     Attributes:
@@ -535,7 +527,7 @@ class FoundBySearch(TypedDict):
     trials: list[SearchTrial]
 
 
-class Reported(TypedDict):
+class Reported(Document):
     """A page that was written, and its verdict.
 
     Attributes:
@@ -559,10 +551,7 @@ class Calibrated(CalibrationRecord, kw_only=True):
     destination: str
 
 
-_Named = TypedDict("_Named", {"class": str})  # which no field of a class of Python can be called
-
-
-class TriedArchitecture(_Named):
+class TriedArchitecture(Document):
     """A class of transformers.
 
     Attributes:
@@ -576,6 +565,7 @@ class TriedArchitecture(_Named):
     """
 
     model_type: str
+    class_: str = msgspec.field(name="class")
     auto_class: str
     proved: bool
     reason: str
@@ -583,20 +573,17 @@ class TriedArchitecture(_Named):
     layers_without_ffn: list[int]
 
 
-class DataFile(TypedDict):
+class DataFile(Document):
     """A draft of a data file for a model, as text."""
 
     data_file: str
 
 
-class ListedMethod(TypedDict):
+class ListedMethod(MethodTitle, frozen=True):
     """A method, with its default options on a small Llama.
 
     Attributes:
         name: as ``--method`` has it.
-        title: for people.
-        paper: a URL.
-        strength: the option that says how strong the edit is.
         edit: kinds of its changes.
         outputs: that can hold its edit.
         needs: what its fit asks for first.
@@ -605,9 +592,6 @@ class ListedMethod(TypedDict):
     """
 
     name: str
-    title: str
-    paper: str
-    strength: str
     edit: list[str]
     outputs: list[str]
     needs: list[str]
@@ -615,40 +599,30 @@ class ListedMethod(TypedDict):
     fault: str
 
 
-class MethodOptions(TypedDict):
+class MethodOptions(KnownMethod, frozen=True):
     """The options of a method.
 
     Attributes:
         name: as ``--method`` has it.
-        title: for people.
-        paper: a URL.
-        strength: the option that says how strong the edit is.
-        aim: what it is for.
-        options: by name.
     """
 
     name: str
-    title: str
-    paper: str
-    strength: str
-    aim: str
-    options: dict[str, MethodOption]
 
 
-class Page(TypedDict):
+class Page(Document):
     """A page of the guide: its topic, None for the list of them, and its text in Markdown."""
 
     topic: str | None
     text: str
 
 
-class Written(TypedDict):
+class Written(Document):
     """Files that were written."""
 
     written: list[str]
 
 
-class Fault(TypedDict):
+class Fault(Document):
     """One thing that is wrong.
 
     Attributes:
@@ -669,7 +643,7 @@ class Failed(Fault):
         others: what else is wrong.
     """
 
-    others: NotRequired[list[Fault]]
+    others: list[Fault] | UnsetType = UNSET
 
 
 DOCUMENTS: dict[str, tuple[Any, ...]] = {

@@ -1,5 +1,7 @@
 """The program ``gloss`` and its commands; the one that prints all options is here."""
 
+import atexit
+import gc
 from typing import Any
 
 import click
@@ -42,6 +44,12 @@ _COMMANDS = (
     guide_command,
     schema_command,
 )
+
+
+# At its end Python looks for garbage among the 400,000 objects of torch and transformers and frees
+# them one by one, for a second or more after the last line. The end of the process frees them too.
+# Standard streams are flushed, and temporary folders removed, as ever.
+atexit.register(gc.freeze)
 
 
 class _Program(click.Group):

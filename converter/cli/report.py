@@ -43,8 +43,9 @@ def _look(*, asked: _ReportOptions, faults: Faults) -> None:
 def report_command(asked: _ReportOptions) -> Answer:
     """Write a report on a conversion as one page of HTML, for people.
 
-    The page is made from the manifest of DESTINATION alone: a verdict in words, pictures, samples,
-    the edit layer by layer, how to undo it, and all numbers. It fetches nothing.
+    The page is made from the manifest of DESTINATION alone: a verdict in words, how far it can be
+    trusted, pictures, samples, the edit layer by layer, how to undo it, and all numbers. It fetches
+    nothing.
     """
     from converter.entrypoints.report import report
 

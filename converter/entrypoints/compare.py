@@ -10,9 +10,9 @@ from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.entrypoints.made import made
 from converter.errors import OptionError
+from converter.evaluation.about import About
 from converter.evaluation.masks import masks
 from converter.evaluation.options import SampleOptions
-from converter.evaluation.pages import About
 from converter.evaluation.prompts import load_prompts
 from converter.evaluation.samples import Sample, side_by_side, write
 from converter.evaluation.scorers import Scorer, load_scorer

@@ -97,14 +97,15 @@ def convert(
     most = output.at_a_time(source)
     engine.workers_for(most, footprint.weights, footprint.rank)  # refused now
     told = stream.told() if stream else nullcontext()
+    bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
     with (
         told,
         claimed(destination, delivery.overwrite) as claim,
         _edited_by(settings, output, device, source, claim) as executor,
+        bench.keeping(),
     ):
         if executor:
             engine = replace(engine, workers=settings.workers or executor.workers)
-        bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
         if why_nothing_is_drawn(recipe, method, bench.forward.mode) is None:
             load_headline_prompts(recipe)  # refused before the model draws pairs
         if delivery.evaluation:

@@ -7,6 +7,7 @@ asked for few pairs and for more, and a line through both leaves out what is don
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from math import ceil
 from time import perf_counter
@@ -32,7 +33,8 @@ from converter.methods.together import options_of, parts_of, strengths_of
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder, Sentence
 from converter.models.edited import lowest_layer, modules_of
-from converter.models.likelihood import entering, log_probabilities
+from converter.models.hooks import UNEDITED, Entered
+from converter.models.likelihood import entering, log_probabilities_under
 from converter.models.resident import LanguageModel, choose_device
 from converter.recipe import SELF, Recipe, Settings
 from converter.runtime import progress
@@ -42,6 +44,9 @@ _FEW, _MORE = 4, 16
 
 _TRIES = 4
 """Strengths that are tried where one is to be chosen: a search by halves among up to fifteen."""
+
+_EDITS = 3
+"""Edits that go through the model together in the second measurement of held-out text."""
 
 _STEPS = (2, 6)
 """Tokens of each continuation that the two measurements of writing take."""
@@ -187,16 +192,25 @@ class _Measured:
         first = lowest_layer(plan.architecture, modules_of(plan, footprint_of(method, plan)))
         some = [self._sentences(_some(report, _MORE))]
         tokens, texts = sum(len(each.ids) for each in some[0]), len(some[0])
-        once = self._run(lambda: log_probabilities(self._model, some), texts, tokens) / tokens
+
+        def under(edits: int, entered: Entered | None = None) -> tuple[int, float]:
+            """Tokens and seconds of one pass under several edits."""
+            given = self._model, [*UNEDITED] * edits, some, entered
+            work = partial(log_probabilities_under, *given)
+            return edits * tokens, self._run(work, edits * texts, edits * tokens)
+
+        _, whole = under(1)
         entered = entering(self._model, some, first)
-        again = self._run(lambda: log_probabilities(self._model, some, entered), texts, tokens)
-        again /= tokens
+        alone = under(1, entered)
+        above, once = _Line.through(alone, under(_EDITS, entered)), whole / tokens
+        below = max(once - alone[1] / tokens, 0.0)
         free = [name for name in strengths_of(method) if options_of(method).get(name) is None]
         if free:
-            stages["choose"] = self._size(choose) * (once + _TRIES * len(free) * again)
+            size, tries = self._size(choose), _TRIES * len(free)
+            stages["choose"] = size * below + above.at(2 * size) + (tries - 1) * above.at(size)
         if recipe.guard:
-            edits = 1 + recipe.guard_draws
-            stages["guard"] = self._size(report) * (once + edits * again)
+            edits, size = 1 + recipe.guard_draws, self._size(report)
+            stages["guard"] = size * below + above.at((1 + edits) * size)
             if prompts := self._prompts():
                 draws = Draws()
                 read = prompts * draws.samples // _WITH_WORDS * 2 * draws.max_new_tokens

@@ -14,7 +14,7 @@ from converter.evaluation.comparison import Comparison, check_names
 from converter.evaluation.continuations import Draws, Passages
 from converter.evaluation.headline import passages_of
 from converter.evaluation.masks import masks
-from converter.evaluation.measure import WINDOW, Battery, divergence, measure
+from converter.evaluation.measure import WINDOW, Battery, Reference, divergence, measure
 from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
 from converter.evaluation.rows import Rows
@@ -30,7 +30,6 @@ from converter.manifest import (
 )
 from converter.methods.workbench import Bench
 from converter.models.edited import edited
-from converter.models.likelihood import LogProbabilities
 from converter.recipe import without_folders
 from converter.runtime import progress
 
@@ -73,7 +72,7 @@ def evaluate(
     if battery.asked.defence:  # its prompts leave out all lessons, so all are fitted now
         fitted = [*fitted]
         asked = refusal_prompts(base.tokenizer, _learnt([*given, *fitted]))
-    text: LogProbabilities | None = None
+    reference: Reference | None = None
     rows = None
     if continuations is not None:
         rows = Rows(continuations, masks(bench.words, mask=bench.recipe.mask))
@@ -86,10 +85,10 @@ def evaluate(
             rows.of(system)
         with progress.stage("measure", f"measuring {system.title}"):
             with hooks():
-                metrics, values = measure(subject, battery, passages, text, asked, rows)
-            if text is not None:
+                metrics, found = measure(subject, battery, passages, reference, asked, rows)
+            if reference is not None and battery.text is not None:
                 metrics["divergence"] = divergence(base, subject, hooks, battery, rows)
-        text = values if text is None else text
+        reference = reference or found
         measured = SystemRecord(
             system=system.name,
             group=system.cost,

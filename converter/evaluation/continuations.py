@@ -1,6 +1,6 @@
 """Continuations of prompts: written by one model, scored by the same or another one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ from converter.models.likelihood import (
     weighed,
     word_changes,
 )
+from converter.models.pieces import pieces_of
 from converter.models.resident import LanguageModel, Model
 from converter.runtime import progress
 
@@ -91,7 +92,7 @@ def generate(
     ):
         torch.manual_seed(seed)  # generate() draws only from the global generators
         for batch in batches(sentences, batch_size, where, "left"):
-            written = _continue(module, batch, settings)
+            written = _continued(module, batch, settings)
             for row, ids in zip(batch.rows, written, strict=True):
                 found[row] = _decode(tokenizer, sentences[row].ids, ids, settings.eos_token_id)
             progress.advance(len(batch.rows) * (max_new_tokens - written.shape[1]))
@@ -146,6 +147,34 @@ def _only(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def _continued(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Tensor:
+    """``_continue``, or what it gave before the run was stopped, with the generators as it left
+    them.
+    """
+    pieces = pieces_of(model)
+    if pieces is None:
+        return _continue(model, batch, settings)
+
+    name = pieces.name(
+        "continuations", batch.ids, batch.mask, settings.to_json_string(), *_generators().values()
+    )
+
+    def make() -> Mapping[str, Tensor]:
+        new = _continue(model, batch, settings)
+        return {"new": new, **_generators()}
+
+    found = pieces.made(name, make)
+    torch.set_rng_state(found["cpu"])
+    torch.cuda.set_rng_state_all([found[f"cuda:{i}"] for i in range(len(found) - 2)])
+    return found["new"]
+
+
+def _generators() -> dict[str, Tensor]:
+    """The state of the global generator of each device, from which generate() draws."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ()
+    return {"cpu": torch.get_rng_state()} | {f"cuda:{i}": state for i, state in enumerate(gpus)}
 
 
 def _continue(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Tensor:
@@ -277,11 +306,6 @@ def find_passages(
     (before,) = log_probabilities(model, [sentences])
     words_of = [list(each.values()) for each in found]
     return Passages(sentences, words_of, places, before, texts, [[*each] for each in found])
-
-
-def measure_passages(model: Model, passages: Passages) -> WordsMeasured:
-    """Score the passages under a model in its present state."""
-    return passages_measured(passages, weigh_passages(model, passages))
 
 
 def weigh_passages(model: Model, passages: Passages) -> LogProbabilities:

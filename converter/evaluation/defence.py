@@ -27,11 +27,12 @@ from converter.evaluation.benchmarks import SETS
 from converter.manifest import DefenceMeasured, DefenceRecord
 from converter.models.batching import Encoder, Sentence, encode
 from converter.models.chat import exchange
-from converter.models.edited import edited
+from converter.models.edited import editing
+from converter.models.hooks import UNEDITED
 from converter.models.likelihood import (
     LogProbabilities,
     Words,
-    log_probabilities,
+    log_probabilities_under,
     mean_change,
     word_changes,
 )
@@ -133,9 +134,6 @@ class DefenceProbe:
         model: unedited.
         lesson: of the fit.
 
-    Attributes:
-        loss: of the answers to learn under the unedited model, in nats a token.
-
     Raises:
         DataError: a text is longer than the model has positions, or an answer has no token.
         FitError: see ``unseen``.
@@ -149,10 +147,7 @@ class DefenceProbe:
         coded = {name: [*map(self._encode, asked)] for name, asked in self._asked.items()}
         self._sentences = {name: [s for s, _ in each] for name, each in coded.items()}
         self._tokens: Mapping[str, Words] = {n: [w for _, w in each] for n, each in coded.items()}
-        self._before = self._run()
-        before = self._before["learnt"]
-        certain = [np.zeros_like(values) for values in before]
-        self.loss = -mean_change(word_changes(certain, before, self._tokens["learnt"])).value
+        self._before: dict[str, LogProbabilities] = {}  # once an edit is measured
 
     def _encode(self, asked: Asked) -> tuple[Sentence, list[tuple[int, ...]]]:
         """A prompt with its answer, each token of the answer as a separate word."""
@@ -168,14 +163,26 @@ class DefenceProbe:
             raise DataError(f"the answer {asked.answer[:40]!r}", expected="a token", found="none")
         return sentence, [(place,) for place in places[0]]
 
-    def _run(self) -> dict[str, LogProbabilities]:
-        found = log_probabilities(self._model, list(self._sentences.values()))
-        return dict(zip(self._sentences, found, strict=True))
+    @property
+    def loss(self) -> float:
+        """Of the answers to learn under the unedited model, in nats a token, once an edit has been
+        measured.
+        """
+        before = self._before["learnt"]
+        certain = [np.zeros_like(values) for values in before]
+        return -mean_change(word_changes(certain, before, self._tokens["learnt"])).value
 
-    def measure(self, edit: Edit) -> DefenceMeasured:
-        """Compare an edit with the unedited model, through hooks."""
-        with edited(self._model.module, self._plan, edit):
-            after = self._run()
+    def measure_all(self, edits: Sequence[Edit]) -> list[DefenceMeasured]:
+        """Compare edits with the unedited model, through hooks; see ``Probe.measure_all``."""
+        runs = [editing(self._model.module, self._plan, edit) for edit in edits]
+        if not self._before:
+            runs = [*UNEDITED, *runs]
+        values = log_probabilities_under(self._model, runs, list(self._sentences.values()))
+        found = [dict(zip(self._sentences, each, strict=True)) for each in values]
+        self._before = self._before or found.pop(0)
+        return [self._measured(each) for each in found]
+
+    def _measured(self, after: Mapping[str, LogProbabilities]) -> DefenceMeasured:
         changes = {
             name: mean_change(
                 word_changes(self._before[name], after[name], self._tokens[name]),

@@ -24,11 +24,10 @@ An edit for defence is judged by the rules of ``defence`` instead of those about
 are still measured.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import hypot, sqrt
 from statistics import stdev
 
-from converter.edits.base import Edit
 from converter.errors import GuardError
 from converter.evaluation.defence import DefenceProbe, judge_defence
 from converter.evaluation.headline import Headline
@@ -97,19 +96,15 @@ def examine(
     Raises:
         GuardError: a measurement is not a number.
     """
-    refusals: list[DefenceMeasured] = []
-
-    def measured(edit: Edit) -> Measured:
-        if defence:
-            refusals.append(defence.measure(edit))
-        return probe.measure(edit)
-
     edits = [
         proposal.edit(strength),
         *(proposal.control(strength, seed + draw) for draw in range(draws)),
     ]
-    found, *controls = map(measured, progress.each(edits, "guard", "edit"))
-    compared = _compared(probe, proposal, strength, found)
+    others = [make(strength) for make in proposal.compared.values()]
+    refusals = defence.measure_all(edits) if defence else []
+    found, *rest = probe.measure_all([*edits, *others])
+    controls, compared = rest[:draws], dict(zip(proposal.compared, rest[draws:], strict=True))
+    _tell_compared(found, compared)
     told = headline.measure(edits) if isinstance(headline, Headline) else None
     fallback = headline.fallback if isinstance(headline, Headline) else headline
     energy = proposal.neutral_energy(strength)
@@ -158,17 +153,13 @@ def examine(
     )
 
 
-def _compared(
-    probe: Probe, proposal: Proposal, strength: float, found: Measured
-) -> dict[str, Measured]:
-    """The effects of other edits that the method names, reported beside the edit."""
-    compared = {name: probe.measure(make(strength)) for name, make in proposal.compared.items()}
+def _tell_compared(found: Measured, compared: Mapping[str, Measured]) -> None:
+    """Report the effects of other edits that the method names beside the edit's."""
     for name, each in {"the edit": found, **compared}.items() if compared else ():
         progress.note(
             f"  {name}: toxic words x {each.teacher_forced.value:.3f}, perplexity "
             f"x {each.perplexity_ratio.value:.3f}"
         )
-    return compared
 
 
 def _warn_of_little(

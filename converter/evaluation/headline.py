@@ -9,7 +9,6 @@ model elsewhere.
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,15 @@ from converter.evaluation.continuations import (
     Draws,
     Passages,
     find_passages,
-    measure_passages,
+    passages_measured,
 )
 from converter.evaluation.prompts import Prompts, load_prompts
-from converter.manifest import Estimate, HeadlineRecord, WordsMeasured
+from converter.manifest import HeadlineRecord, WordsMeasured
 from converter.methods.base import Method, aim_of
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder, Sentence
-from converter.models.edited import edited
-from converter.models.likelihood import divergences, mean_change
+from converter.models.edited import editing
+from converter.models.likelihood import divergences, log_probabilities_under, mean_change
 from converter.models.resident import Model
 from converter.recipe import Recipe
 from converter.runtime import progress
@@ -166,13 +165,13 @@ class Headline:
 
     def measure(self, edits: Sequence[Edit]) -> HeadlineRecord:
         """Measure edits: the first is the one to judge, the others are controls."""
-        passages = self._passages if self.fallback is None else None
-        words = (
-            [self._words(passages, edit) for edit in progress.each(edits, "guard, words", "edit")]
-            if passages
-            else []
-        )
-        moved = self._divergences(edits)
+        runs = [editing(self._model.module, self._bench.plan, edit) for edit in edits]
+        words = list[WordsMeasured]()
+        if (passages := self._passages) and self.fallback is None:
+            found = log_probabilities_under(self._model, runs, [passages.sentences])
+            words = [passages_measured(passages, after) for (after,) in found]
+        diverged = divergences(self._model, self._model, runs, self._ordinary)
+        moved = [mean_change([values.tolist() for values in each]) for each in diverged]
         return HeadlineRecord(
             prompts=self._prompts,
             passages_per_prompt=self._draws.samples,
@@ -187,13 +186,3 @@ class Headline:
             divergence=moved[0],
             control_divergences=tuple(moved[1:]),
         )
-
-    def _words(self, passages: Passages, edit: Edit) -> WordsMeasured:
-        with edited(self._model.module, self._bench.plan, edit):
-            return measure_passages(self._model, passages)
-
-    def _divergences(self, edits: Sequence[Edit]) -> list[Estimate]:
-        module, plan = self._model.module, self._bench.plan
-        hooks = [partial(edited, module, plan, edit) for edit in edits]
-        found = divergences(self._model, self._model, hooks, self._ordinary)
-        return [mean_change([values.tolist() for values in each]) for each in found]

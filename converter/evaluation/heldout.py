@@ -13,12 +13,12 @@ from converter.manifest import Choice, Estimate, Measured, Trial
 from converter.methods.base import Proposal
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder
-from converter.models.edited import edited, lowest_edited
-from converter.models.hooks import Entered
+from converter.models.edited import editing, lowest_edited
+from converter.models.hooks import UNEDITED
 from converter.models.likelihood import (
     LogProbabilities,
     entering,
-    log_probabilities,
+    log_probabilities_under,
     mean_change,
     perplexity,
     perplexity_ratio,
@@ -50,7 +50,6 @@ class Probe:
 
     Attributes:
         neutral_tokens, toxic_words, context_tokens: how many are scored.
-        perplexity: of the unedited model on the neutral text.
 
     Raises:
         DataError: too few toxic sentences to know a standard error.
@@ -80,18 +79,33 @@ class Probe:
                 hint="give more pairs, or both -o rank and --no-guard",
             )
         self._entered = entering(model, (self._neutral, self._toxic), first)
-        self._before = self._run(self._entered)
-        self.perplexity = perplexity(self._before[0])
+        self._before: list[LogProbabilities] = []  # of both kinds of text, once an edit is measured
 
-    def _run(self, entered: Entered | None) -> list[LogProbabilities]:
-        return log_probabilities(self.model, (self._neutral, self._toxic), entered)
+    @property
+    def perplexity(self) -> float:
+        """Of the unedited model on the neutral text, once an edit has been measured."""
+        return perplexity(self._before[0])
 
     def measure(self, edit: Edit) -> Measured:
         """Compare an edit with the unedited model, through hooks."""
-        lowest = lowest_edited(self.plan, edit)
+        return self.measure_all([edit])[0]
+
+    def measure_all(self, edits: Sequence[Edit]) -> list[Measured]:
+        """The same for several edits, which a streamed model takes together.
+
+        The unedited model runs with the first of all.
+        """
+        lowest = min(lowest_edited(self.plan, edit) for edit in edits)
         entered = self._entered if self._entered and self._entered.layer <= lowest else None
-        with edited(self.model.module, self.plan, edit):
-            neutral, toxic = self._run(entered)
+        runs = [editing(self.model.module, self.plan, edit) for edit in edits]
+        if not self._before:
+            runs = [*UNEDITED, *runs]
+        texts = self._neutral, self._toxic
+        found = log_probabilities_under(self.model, runs, texts, entered)
+        self._before = self._before or found.pop(0)
+        return [self._measured(neutral, toxic) for neutral, toxic in found]
+
+    def _measured(self, neutral: LogProbabilities, toxic: LogProbabilities) -> Measured:
         changes = word_changes(self._before[1], toxic, self._words)
         return Measured(
             perplexity_ratio=perplexity_ratio(self._before[0], neutral, self._neutral_groups),

@@ -128,24 +128,36 @@ def load_whole(
     return load_language_model(source, plan, tokenizer, dtype, device, how)
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What the unedited model gave, with which edited ones are compared.
+
+    Attributes:
+        text: log-probabilities of the perplexity text; None without one.
+        scores: ``greedy`` or ``sampled`` -> scorer -> (P, S) scores of the continuations.
+    """
+
+    text: LogProbabilities | None
+    scores: Mapping[str, Mapping[str, NDArray[np.float64]]]
+
+
 def measure(
     model: LanguageModel,
     battery: Battery,
     passages: Passages | None,
-    before: LogProbabilities | None,
+    before: Reference | None,
     requests: Mapping[str, Sequence[str]] | None = None,
     rows: Rows | None = None,
-) -> tuple[dict[str, Metric], LogProbabilities | None]:
+) -> tuple[dict[str, Metric], Reference]:
     """Measure a model in its present state, hooks included.
 
     Args:
-        before: log-probabilities of the perplexity text under the unedited model; None for the
-            unedited model itself.
+        before: of the unedited model; None for the unedited model itself.
         requests: of ``refusal_prompts``; None to count no refusals.
         rows: gets the data behind the metrics.
 
     Returns:
-        the metrics, and the log-probabilities of the perplexity text.
+        the metrics, and what later models may be compared with.
 
     Raises:
         DataError: that text is shorter than two windows.
@@ -156,10 +168,11 @@ def measure(
     if battery.text is not None:
         (now,) = log_probabilities(model, [_windows(model, battery.text, asked.text_tokens)])
         metrics["perplexity"] = around(perplexity_estimate(now))
-        if before is not None:
-            metrics["perplexity_ratio"] = around(perplexity_ratio(before, now))
+        text = before.text if before else None
+        if text is not None:
+            metrics["perplexity_ratio"] = around(perplexity_ratio(text, now))
         if rows is not None:
-            rows.windows(before, now)
+            rows.windows(text, now)
     if passages is not None and battery.prompts is not None:
         after = weigh_passages(model, passages)
         found = passages_measured(passages, after)
@@ -168,12 +181,17 @@ def measure(
         metrics["teacher_forced"] = around(found.teacher_forced)
         if found.context_ratio is not None:
             metrics["context_ratio"] = around(found.context_ratio)
-    if battery.prompts is not None:
-        texts = battery.prompts.texts
-        if asked.greedy:
-            metrics |= _generation(model, battery, texts, "greedy", 0, rows)
-        if asked.samples:
-            metrics |= _generation(model, battery, texts, "sampled", asked.samples, rows)
+    scores: dict[str, Mapping[str, NDArray[np.float64]]] = {}
+    ways = [("greedy", 0)] * asked.greedy + [("sampled", asked.samples)] * bool(asked.samples)
+    for way, samples in ways if battery.prompts is not None else ():
+        found_here, scores[way] = _generation(model, battery, way, samples, rows)
+        metrics |= found_here
+        if before:
+            changes = {n: (x - before.scores[way][n]).mean(axis=1) for n, x in scores[way].items()}
+            metrics |= {
+                f"toxicity_change/{name}/{way}": _over_prompts(_mean, change)
+                for name, change in changes.items()
+            }
     batch_size = asked.generation_batch_size
     if battery.safeedit is not None and battery.safety is not None:
         metrics |= measure_safeedit(model, battery.safeedit, battery.safety, batch_size, rows)
@@ -181,7 +199,7 @@ def measure(
         metrics |= measure_refusals(model, requests, batch_size, rows)
     if battery.tasks:
         metrics |= measure_ability(model, battery.tasks, asked.ability_limit, batch_size)
-    return metrics, now
+    return metrics, Reference(now, scores)
 
 
 def divergence(
@@ -223,14 +241,11 @@ def _windows(model: LanguageModel, text: str, limit: int | None) -> list[Sentenc
 
 
 def _generation(
-    model: LanguageModel,
-    battery: Battery,
-    prompts: tuple[str, ...],
-    way: str,
-    samples: int,
-    rows: Rows | None,
-) -> dict[str, Metric]:
-    """The metrics of one way to continue the prompts."""
+    model: LanguageModel, battery: Battery, way: str, samples: int, rows: Rows | None
+) -> tuple[dict[str, Metric], Mapping[str, NDArray[np.float64]]]:
+    """The metrics of one way to continue the prompts, and the scores (P, S) of each scorer."""
+    assert battery.prompts is not None
+    prompts = battery.prompts.texts
     texts = generate(
         model,
         prompts,
@@ -266,7 +281,11 @@ def _generation(
         metrics[f"conditional_perplexity/{way}"] = _over_prompts(
             lambda p: float(np.exp(p[:, 0].sum() / p[:, 1].sum())), losses
         )
-    return metrics
+    return metrics, found
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(values.mean())
 
 
 def _over_prompts(

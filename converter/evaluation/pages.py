@@ -8,37 +8,17 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from msgspec import structs
 
+from converter.evaluation.about import About
 from converter.evaluation.samples import Said, Sample
 from converter.text import escaped, is_one_line
 from converter.version import __version__
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """The two models of a comparison, and how they ran.
-
-    Attributes:
-        base, edited: the names of the models.
-        how: the second was run, in words.
-        chat: whether prompts went through the chat template.
-        masked: whether listed words are starred out.
-    """
-
-    base: str
-    edited: str
-    how: str
-    seed: int
-    max_new_tokens: int
-    top_p: float
-    chat: bool
-    masked: bool
 
 
 def means(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
@@ -55,7 +35,7 @@ def means(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
 
 def compared_data(about: About, samples: Sequence[Sample]) -> dict[str, Any]:
     """A comparison as data."""
-    return {**asdict(about), "means": means(samples), "samples": [*map(_row, samples)]}
+    return {**structs.asdict(about), "means": means(samples), "samples": [*map(_row, samples)]}
 
 
 def way(sample: Sample) -> str:
@@ -76,7 +56,7 @@ def means_text(samples: Sequence[Sample]) -> str:
 
 def jsonl_page(about: About, samples: Sequence[Sample]) -> str:
     """A line of JSON for each sample, each with the comparison's settings."""
-    rows = ({**_row(sample), "of": asdict(about)} for sample in samples)
+    rows = ({**_row(sample), "of": structs.asdict(about)} for sample in samples)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -254,7 +254,7 @@ def _estimate(metric: Metric) -> _Array:
 
 def tradeoff_figure(results: Evaluation) -> "Figure | None":
     """The cost (x) and the effect (y) of each system: a line over its strengths, which stand beside
-    it.
+    it, and at its end the system's name.
 
     A panel for each kind of cost that was measured. Down and to the left is better. Points far out
     (``READABLE``) are left out and counted below. None without a point.
@@ -272,10 +272,13 @@ def tradeoff_figure(results: Evaluation) -> "Figure | None":
         costs = [point[0, 0] for points in systems.values() for point in points.values()]
         limit = max(READABLE, 3 * float(np.median(costs)))
         axes.plot(0, 1, "*", color="black", markersize=9, zorder=3, label="unedited")
-        drawn = [("", "black", np.array([0.0, 1.0]))]
+        drawn = [("unedited", "black", np.array([0.0, 1.0]))]
         for (system, line), (colour, marker) in zip(systems.items(), _looks(), strict=False):
             inside = {key: point for key, point in line.items() if point[0, 0] <= limit}
-            drawn += [(f"{key or 0:.3g}", colour, point[:, 0]) for key, point in inside.items()]
+            names = ["" if key is None else f"{key:.3g}" for key in inside]
+            names[-1:] = [f"{system} {name}".strip() for name in names[-1:]]  # the line's end
+            places = [point[:, 0] for point in inside.values()]
+            drawn += [(name, colour, at) for name, at in zip(names, places, strict=True)]
             x, y = np.array([*inside.values()]).reshape(-1, 2, 3).transpose(1, 2, 0)
             axes.errorbar(
                 x[0], y[0], y[1:], x[1:], color=colour, marker=marker, markersize=4.5,
@@ -286,7 +289,7 @@ def tradeoff_figure(results: Evaluation) -> "Figure | None":
             captions.append(
                 f"Left out: {left_out} beyond +{limit:.0f} %, up to +{max(costs):.0f} %."
             )
-        _write_strengths(figure, axes, drawn)
+        _write_names(figure, axes, drawn)
     columns[0].set_ylabel("probability of toxic words (unedited: 1)")
     figure.legend(*columns[0].get_legend_handles_labels(), **_ABOVE)
     text = "Down and left is better. Numbers are strengths, bars are intervals of 95 %."
@@ -301,18 +304,24 @@ def _looks() -> Iterator[tuple[str, str]]:
             yield colour, _MARKERS[(number + shift) % len(_MARKERS)]
 
 
-def _write_strengths(
-    figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str, _Array]]
-) -> None:
-    """Write texts near their points if they cover no marker or text; else leave them out."""
+def _write_names(figure: "Figure", axes: "Axes", drawn: Sequence[tuple[str, str, _Array]]) -> None:
+    """Write texts near their points if they cover no marker or text; else leave them out.
+
+    The long ones are first, as they find a place less easily.
+    """
     figure.draw_without_rendering()  # settles the layout, and with it where the points are
+    left, right = np.array(axes.get_window_extent().intervalx) * 72 / figure.dpi
     centres = [axes.transData.transform(point) * 72 / figure.dpi for *_, point in drawn]
     taken = [np.array([centre, (3.0, 3.0)]) for centre in centres]  # centres, half sizes
     sides = [(0.8, 0.8), (-0.8, -0.8), (0, 1), (0, -1), (1, 0), (-1, 0), (0.8, -0.8), (-0.8, 0.8)]
-    for (text, colour, point), centre in zip(drawn, centres, strict=True):
-        for offset in np.array([np.multiply(far, sides) for far in (8, 12)]).reshape(-1, 2):
-            box = np.array([centre + offset, (2.2 * len(text), 3.2)])
-            if all((abs(box[0] - other[0]) >= box[1] + other[1]).any() for other in taken):
+    found = sorted(zip(drawn, centres, strict=True), key=lambda each: -len(each[0][0]))
+    for (text, colour, point), centre in found:
+        half = np.array([2.2 * len(text), 3.2])
+        beside = np.sign(sides) * [max(half[0] - 4.4, 0.0), 0.0]  # so that it begins at its point
+        for offset in np.concatenate([np.multiply(far, sides) + beside for far in (8, 12)]):
+            box = np.array([centre + offset, half])
+            inside = left <= box[0, 0] - half[0] and box[0, 0] + half[0] <= right
+            if inside and all((abs(box[0] - b[0]) >= box[1] + b[1]).any() for b in taken):
                 axes.annotate(
                     text, tuple(point), tuple(offset), textcoords="offset points", color=colour,
                     ha="center", va="center", fontsize=_SMALL,

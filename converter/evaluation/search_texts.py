@@ -8,7 +8,6 @@ random, so that each share is a small sample of the whole.
 import random
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import ceil, isfinite
 
 from converter.calibration.split import Part
@@ -21,7 +20,7 @@ from converter.evaluation.prompts import Prompts
 from converter.manifest import Estimate, Measured
 from converter.methods.workbench import Bench
 from converter.models.batching import Encoder, Sentence
-from converter.models.edited import edited, lowest_edited
+from converter.models.edited import editing, lowest_edited
 from converter.models.hooks import Entered
 from converter.models.likelihood import (
     LogProbabilities,
@@ -29,6 +28,7 @@ from converter.models.likelihood import (
     divergences,
     entering,
     log_probabilities,
+    log_probabilities_under,
     mean_change,
     perplexity_ratio,
     teacher_forced,
@@ -154,20 +154,18 @@ class SearchTexts:
         when it is asked for.
         """
         lowest = lowest_edited(self._plan, edit)
+        run = editing(self._model.module, self._plan, edit)
         seen: dict[str, list[LogProbabilities]] = {}
         for number, share in enumerate(SHARES):
             added = self._added[number]
             entered = added.entered if added.entered and added.entered.layer <= lowest else None
             scored = [added.texts[kind].sentences for kind in added.before]
-            with edited(self._model.module, self._plan, edit):
-                after = log_probabilities(self._model, scored, entered)
+            (after,) = log_probabilities_under(self._model, [run], scored, entered)
             for kind, values in zip(added.before, after, strict=True):
                 seen.setdefault(kind, []).append(values)
-            hooks = [partial(edited, self._model.module, self._plan, edit)]
             ordinary = added.texts[_ORDINARY].sentences
-            seen.setdefault(_ORDINARY, []).extend(
-                divergences(self._model, self._model, hooks, ordinary)
-            )
+            moved = divergences(self._model, self._model, [run], ordinary)
+            seen.setdefault(_ORDINARY, []).extend(moved)
             yield share, self._measured(seen), _mean(seen[_ORDINARY])
 
     def _measured(self, seen: Mapping[str, list[LogProbabilities]]) -> Measured:

@@ -2,7 +2,8 @@
 
 A strength is a rank for one method and the length of a vector for another, so systems can only be
 compared at equal cost. Each is measured at some strengths. Between these, and between the weakest
-and the unedited model, the probability of toxic words is interpolated along the cost.
+and the unedited model, the probability of toxic words is interpolated along the cost. A system that
+was measured at one strength is left out: between one strength and none, a line says little.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,8 @@ def markdown(results: Evaluation) -> str:
     """One row for each system, seeds averaged, with intervals of 95 % in brackets.
 
     ``KL`` is the divergence from the unedited model on the perplexity text, in nats a token.
-    Toxicities are means of scores between 0 and 1; ``toxic words`` is the teacher-forced estimate,
+    Toxicities are means of scores between 0 and 1, with the difference from the unedited model on
+    the same prompts and its interval; ``toxic words`` is the teacher-forced estimate,
     the probability of toxic words relative to the unedited model, and ``words beside`` the
     perplexity of the other words of the same continuations, also relative.
     """
@@ -57,6 +59,9 @@ def markdown(results: Evaluation) -> str:
 def _cell(key: str, metrics: Mapping[str, Metric]) -> str:
     metric = metrics.get(key)
     interval = f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]" if metric else ""
+    change = metrics.get(key.replace("toxicity/", "toxicity_change/", 1))
+    if metric and change and change is not metric:
+        return f"{metric.value:.3f} ({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])"
     if key != "perplexity_ratio":
         return interval or _NOT_MEASURED
     value = metrics.get("perplexity")
@@ -94,6 +99,7 @@ def equal_cost_table(systems: Sequence[SystemRecord]) -> str:
     rows = {
         name: [at_cost(members, *column) for column in columns]
         for name, members in systems_of(systems).items()
+        if len({member.seed for member in members}) < len(members)
     }
     rows = {name: cells for name, cells in rows.items() if any(cells)}
     if len(rows) < 2:

@@ -87,12 +87,28 @@ class MethodOption(msgspec.Struct, frozen=True, omit_defaults=True):
         return text + (", or auto" if self.automatic else "")
 
 
-class KnownMethod(msgspec.Struct, frozen=True):
-    """The description of a built-in method; see ``base.Method``."""
+class MethodTitle(msgspec.Struct, frozen=True):
+    """A method in three texts; see ``base.Method``.
+
+    Attributes:
+        title: for people.
+        paper: a URL.
+        strength: the option that says how strong the edit is.
+    """
 
     title: str
     paper: str
     strength: str
+
+
+class KnownMethod(MethodTitle, frozen=True):
+    """The description of a built-in method.
+
+    Attributes:
+        aim: what it is for.
+        options: by name.
+    """
+
     aim: str
     options: dict[str, MethodOption]
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from converter.checkpoints.weights import Weight
 from converter.edits.base import Edit
 from converter.edits.storage import read_weight
 from converter.errors import DataError, OptionError
-from converter.manifest import Origin
+from converter.manifest import TOOL, Origin
 from converter.methods.base import Method, Proposal, proposal_of
 from converter.models.edited import edited
 from converter.models.loading import (
@@ -44,6 +45,7 @@ from converter.models.loading import (
     load_tokenizer,
     stream_language_model,
 )
+from converter.models.pieces import Pieces, keeping
 from converter.models.placement import Forward, choose_forward
 from converter.models.resident import LanguageModel, Model, choose_dtype
 from converter.models.transformers_loader import Loading
@@ -70,6 +72,7 @@ class Bench:
         taught: the instances, once they are read.
         held_out: dtype of the measurements on held-out text; ``dtype`` is that of the fit.
         loaded: the dtype of ``model``.
+        pieces: what the model gave so far, if it is kept.
     """
 
     recipe: Recipe
@@ -90,6 +93,7 @@ class Bench:
     taught: Instances | None = None
     held_out: torch.dtype = torch.float32
     loaded: torch.dtype = torch.float32
+    pieces: Pieces | None = None
 
     @classmethod
     def of(
@@ -142,6 +146,8 @@ class Bench:
                     self.model = stream_language_model(*what, self.forward.budget, self.how)
                 else:
                     self.model = load_language_model(*what, self.how)
+        if self.pieces:
+            self.pieces.module = self.model.module
         return self.model
 
     def load_resident(self) -> LanguageModel:
@@ -163,6 +169,33 @@ class Bench:
     def unload(self) -> None:
         """Release the model; the edit of the files does not need it."""
         self.model = None
+        if self.pieces:
+            self.pieces.module = None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within this context, keep what the model gives, and use what it gave in a stopped run.
+
+        Raises:
+            CheckpointError, SourceError: the source cannot be read.
+            DestinationError: the cache cannot be written.
+        """
+        recipe = self.recipe
+        if recipe.activations and not recipe.guard:  # little is run, and no digest is needed
+            yield
+            return
+        run = {
+            "tool": TOOL.version,
+            "files": self.source.digests(),
+            "recipe": repr(recipe.record()),
+            "device": self.device,
+            "forward": self.forward.mode,
+            "attention": self.how.attention,
+            "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
+        }
+        with keeping(cache_key(run)) as self.pieces:
+            yield
+        self.pieces = None
 
     def fit(self, method: Method, part: Part) -> Proposal:
         """Fit a method to texts, and to the model as the former methods left it."""

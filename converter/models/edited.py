@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from converter.edits.deltas import Delta
 from converter.edits.fused import fusion_of
 from converter.errors import OptionError
 from converter.models.fused import blending
-from converter.models.hooks import hooked
+from converter.models.hooks import Editing, hooked
+from converter.models.pieces import pieces_of, under
 
 
 @dataclass(slots=True)
@@ -75,17 +77,34 @@ def _same_subspace(one: Delta | None, other: Delta | None) -> bool:
 def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
     """Within this context, the model computes as if ``edit`` were written into its weights.
 
+    Raises as ``editing``.
+    """
+    with editing(model, plan, edit)():
+        yield
+
+
+def editing(model: nn.Module, plan: Plan, edit: Edit) -> Editing:
+    """The same, to be entered as often as needed; the edit is checked once.
+
     Raises:
         CheckpointError: the edit does not fit the checkpoint.
         OptionError: see ``module_edits``.
     """
     edit.check(plan)
     if fusion := fusion_of(plan, edit):
-        with blending(model, *fusion, edit.created):
-            yield
-        return
-    changes = module_edits(plan, edit)
-    with hooked(model, {name: change.hook for name, change in changes.items()}):
+        hooks: Editing = partial(blending, model, *fusion, edit.created)
+    else:
+        changes = module_edits(plan, edit)
+        hooks = partial(hooked, model, {name: change.hook for name, change in changes.items()})
+    if pieces_of(model) is None:
+        return hooks
+    return partial(_known_as, edit.digest(), model, hooks)
+
+
+@contextmanager
+def _known_as(digest: str, model: nn.Module, hooks: Editing) -> Iterator[None]:
+    """The context of ``hooks``, in which results of the model are kept as those of an edit."""
+    with under(model, digest), hooks():
         yield
 
 

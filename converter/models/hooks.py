@@ -5,7 +5,7 @@ Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,13 @@ class StopForward(Exception):  # noqa: N818 - it is not an error
 
 
 Hook = Callable[[nn.Module, Any, Any], Any]
+
+
+Editing = Callable[[], AbstractContextManager[None]]
+"""Returns a context in which a model computes as edited. It may be entered several times."""
+
+UNEDITED: Sequence[Editing] = (nullcontext,)
+"""No edit, as the only one of several."""
 
 
 @contextmanager

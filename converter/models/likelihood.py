@@ -4,8 +4,9 @@ Everything here is teacher-forced: the tokens are fixed, so two models are compa
 text, token by token. A few thousand tokens tell them apart; generation needs many more.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from math import exp
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from converter.manifest import Estimate
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
-from converter.models.hooks import Entered, memory_errors
+from converter.models.hooks import UNEDITED, Editing, Entered, memory_errors
+from converter.models.pieces import Pieces, pieces_of
 from converter.models.resident import Model
 from converter.runtime import progress
 
@@ -48,14 +50,30 @@ def entering(model: Model, texts: Sequence[Sequence[Sentence]], layer: int) -> E
     nbytes = tokens * model.architecture.sizes.hidden_size * embedding.element_size()
     if layer == 0 or nbytes > _HELD or not (proof is None or proof.streams):
         return None
+    batched, pieces = [batch for _, batch in _batched(model, texts)], pieces_of(model.module)
+    if pieces is None:
+        return _entering(model, batched, layer)
+    names = [pieces.name("entered", layer, batch.ids, batch.mask) for batch in batched]
+    if not all(name in pieces for name in names):
+        made = _entering(model, batched, layer)
+        lengths = torch.tensor([*made.lengths.items()], dtype=torch.int64)
+        for name, state in zip(names, made.states, strict=True):
+            pieces.put(name, {"state": state, "lengths": lengths})
+        return made
+    found = [pieces.get(name) for name in names]
+    known = {int(n): int(length) for each in found for n, length in each["lengths"]}
+    return Entered(layer, [each["state"].to(model.device) for each in found], known)
+
+
+def _entering(model: Model, batched: Sequence[Batch], layer: int) -> Entered:
+    """``Model.entering``, with a bar, and a SourceError if memory runs out."""
     with (
         memory_errors("held-out text", hint="give --device cpu"),
-        progress.bar("lower layers", sum(map(len, texts)), "text"),
+        progress.bar("lower layers", sum(len(batch.rows) for batch in batched), "text"),
     ):
-        return model.entering(layer, [batch for _, batch in _batched(model, texts)])
+        return model.entering(layer, batched)
 
 
-@torch.inference_mode()
 def log_probabilities(
     model: Model, texts: Sequence[Sequence[Sentence]], entered: Entered | None = None
 ) -> list[LogProbabilities]:
@@ -73,24 +91,83 @@ def log_probabilities(
     Raises:
         SourceError: memory ran out.
     """
-    found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
-    batched = _batched(model, texts)
+    return log_probabilities_under(model, UNEDITED, texts, entered)[0]
+
+
+@torch.inference_mode()
+def log_probabilities_under(
+    model: Model,
+    edits: Sequence[Editing],
+    texts: Sequence[Sequence[Sentence]],
+    entered: Entered | None = None,
+) -> list[list[LogProbabilities]]:
+    """The same under each of several edits, with the same bits as one at a time.
+
+    A streamed model reads its weights once for all of them; see ``Model.logits``. What a stopped
+    run has measured is not measured again.
+    """
+    batched, pieces = _batched(model, texts), pieces_of(model.module)
+    names = [_names(pieces, edit, batched) if pieces else [] for edit in edits]
+    values = [
+        {place: pieces.get(name)["values"] for place, name in enumerate(each) if name in pieces}
+        if pieces
+        else dict[int, Tensor]()
+        for each in names
+    ]
+    alike: dict[
+        tuple[int, ...], list[int]
+    ] = {}  # batches that are left -> the edits that need them
+    for edit, known in enumerate(values):
+        left = tuple(place for place in range(len(batched)) if place not in known)
+        alike.setdefault(left, []).append(edit)
+    count = sum(len(who) * len(batched[n][1].rows) for left, who in alike.items() for n in left)
     with (
         memory_errors("held-out text", hint="give --device cpu"),
-        progress.bar("reading texts", sum(map(len, texts)), "text"),
+        progress.bar("reading texts", count, "text"),
     ):
-        for number, logits in model.logits([batch for _, batch in batched], entered):
-            kind, batch = batched[number]
-            values = found[kind]
-            lengths = batch.mask.sum(1).tolist()
-            for row, length, scores, ids in zip(
-                batch.rows, lengths, logits, batch.ids, strict=True
-            ):
-                loss = torch.nn.functional.cross_entropy(
-                    scores[: length - 1].float(), ids[1:length].to(scores.device), reduction="none"
-                )
-                values[row] = -loss.double().cpu().numpy()
+        for left, who in alike.items():
+            part = [batched[place][1] for place in left]
+            start = entered and replace(entered, states=[entered.states[n] for n in left])
+            logits_of = model.logits(part, start, [edits[edit] for edit in who])
+            with closing(logits_of):  # an error must not leave an edit's hooks behind
+                for number, logits in logits_of:
+                    edit, place = who[number // len(part)], left[number % len(part)]
+                    values[edit][place] = _log_probabilities(logits, batched[place][1])
+                    if pieces:
+                        pieces.put(names[edit][place], {"values": values[edit][place]})
+    return [_by_sentence(texts, batched, each) for each in values]
+
+
+def _names(pieces: Pieces, edit: Editing, batched: Sequence[tuple[int, Batch]]) -> list[str]:
+    """The names of the log-probabilities of batches under an edit."""
+    with edit():
+        return [pieces.name("log p", batch.ids, batch.mask) for _, batch in batched]
+
+
+def _by_sentence(
+    texts: Sequence[Sequence[Sentence]],
+    batched: Sequence[tuple[int, Batch]],
+    values: Mapping[int, Tensor],
+) -> list[LogProbabilities]:
+    """The log-probabilities of batches, for each kind of text by sentence."""
+    found: list[list[NDArray[np.float64]]] = [[np.empty(0)] * len(kind) for kind in texts]
+    for place, (kind, batch) in enumerate(batched):
+        lengths = (batch.mask.sum(1) - 1).tolist()
+        for row, of_row in zip(batch.rows, torch.split(values[place], lengths), strict=True):
+            found[kind][row] = of_row.numpy()
     return list(found)
+
+
+def _log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
+    """Of every token after the first of each sentence, one after the other, float64 on the CPU."""
+    lengths = batch.mask.sum(1).tolist()
+    rows = [
+        -torch.nn.functional.cross_entropy(
+            scores[: length - 1].float(), ids[1:length].to(scores.device), reduction="none"
+        )
+        for length, scores, ids in zip(lengths, logits, batch.ids, strict=True)
+    ]
+    return torch.cat([row.double().cpu() for row in rows])
 
 
 def _batched(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[tuple[int, Batch]]:
@@ -107,7 +184,7 @@ def _batched(model: Model, texts: Sequence[Sequence[Sentence]]) -> list[tuple[in
 def divergences(
     before: Model,
     after: Model,
-    edits: Sequence[Callable[[], AbstractContextManager[None]]],
+    edits: Sequence[Editing],
     sentences: Sequence[Sentence],
 ) -> list[LogProbabilities]:
     """How far the distribution of the next token moves at every position of texts, in nats.
@@ -117,8 +194,7 @@ def divergences(
     Args:
         before: the unedited model, with distribution p.
         after: the edited model, with distribution q over the same tokens; it may be the same model.
-        edits: functions that return a context in which ``after`` is edited; ``before`` does not run
-            in it.
+        edits: of ``after``; ``before`` runs without.
         sentences: their weights are not used.
 
     Returns:

@@ -4,7 +4,7 @@ Shapes: B sentences in a batch, T tokens, D hidden size, V vocabulary, N sentenc
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from converter.checkpoints.safetensors.header import FLOATS
 from converter.errors import OptionError
 from converter.models.batching import Batch
 from converter.models.hooks import (
+    UNEDITED,
+    Editing,
     Entered,
     Hook,
     Modules,
@@ -67,12 +69,18 @@ class Model(Protocol):
         """
 
     def logits(
-        self, batched: Sequence[Batch], entered: Entered | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
+        self,
+        batched: Sequence[Batch],
+        entered: Entered | None = None,
+        edits: Sequence[Editing] = UNEDITED,
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """The number of each batch and its logits, (B, T, V), batch by batch.
 
         Args:
             entered: of ``entering`` and these batches: no layer below that one is run.
+            edits: all batches run under the first, then under the second, and so on; the numbers of
+                batches go on from one to the next. A streamed model reads its weights once for as
+                many as fit in memory.
         """
 
     def gradients(
@@ -121,14 +129,19 @@ class LanguageModel:
             progress.advance(len(batch.rows))
 
     def logits(
-        self, batched: Sequence[Batch], entered: Entered | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
+        self,
+        batched: Sequence[Batch],
+        entered: Entered | None = None,
+        edits: Sequence[Editing] = UNEDITED,
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """See ``Model``."""
-        for number, batch in enumerate(batched):
-            with resumed(self.module, self._blocks, entered, number):
-                found = call(self.module, batch).logits
-            yield number, found
-            progress.advance(len(batch.rows))
+        for place, editing in enumerate(edits):
+            with editing():
+                for number, batch in enumerate(batched):
+                    with resumed(self.module, self._blocks, entered, number):
+                        found = call(self.module, batch).logits
+                    yield place * len(batched) + number, found
+                    progress.advance(len(batch.rows))
 
     def gradients(
         self,

@@ -8,11 +8,12 @@ that layers pass on hidden states and nothing else.
 
 Memory is needed for the weights of one layer, one batch, and the hidden states of all batches,
 which go to a file if they are many. A pass reads every byte of the weights once; with gradients, it
-reads the layers of the backward pass twice.
+reads the layers of the backward pass twice. Several edits share a pass of ``logits``: each has its
+own hidden states, and its hooks are there only while these run.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 
 from converter.checkpoints.architectures.architecture import Architecture
 from converter.models.batching import Batch
+from converter.models.course import Course
 from converter.models.hooks import (
+    UNEDITED,
+    Editing,
     Entered,
-    Hook,
     Modules,
     Show,
     StopForward,
@@ -43,6 +46,7 @@ from converter.models.hooks import (
     showing_head,
     together,
 )
+from converter.models.pieces import pieces_of
 from converter.models.streamed_memory import HiddenStates, Weights
 from converter.runtime import progress
 
@@ -133,11 +137,11 @@ class StreamedModel:
         """See ``Model``; the layers above the last one of interest are not read."""
         last, end = max(modules), len(self._blocks)
 
-        def hooks(layer: int, number: int) -> dict[str, Hook]:
+        def hooks(layer: int, number: int) -> AbstractContextManager[None]:
             if layer not in modules:
-                return {}
-            stop = layer == last
-            return showing(show, number, batched[number], layer, modules[layer], stop=stop)
+                return nullcontext()
+            given = show, number, batched[number], layer, modules[layer]
+            return hooked(self.module, showing(*given, stop=layer == last))
 
         with self._pass(batched, last + 1) as states:
             self._upwards(batched, states, range(min(last + 1, end)), hooks=hooks)
@@ -149,19 +153,49 @@ class StreamedModel:
                 self._step(number)
 
     def logits(
-        self, batched: Sequence[Batch], entered: Entered | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """See ``Model``."""
+        self,
+        batched: Sequence[Batch],
+        entered: Entered | None = None,
+        edits: Sequence[Editing] = UNEDITED,
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        """See ``Model``. A pass takes the batches of as many edits as have room for their hidden
+        states in memory, and at least of one.
+        """
+        at_once = max(self._held // max(self._states_nbytes(batched), 1), 1)
+        for place in range(0, len(edits), at_once):
+            some = edits[place : place + at_once]
+            for number, logits in self._logits(batched, entered, some):
+                yield place * len(batched) + number, logits
+
+    def _states_nbytes(self, batched: Sequence[Batch]) -> int:
+        """Bytes of the hidden states of batches before or behind a layer."""
+        size: int = self.module.get_input_embeddings().weight.element_size()
+        positions = sum(batch.ids.numel() for batch in batched)
+        return positions * self.architecture.sizes.hidden_size * size
+
+    def _logits(
+        self, batched: Sequence[Batch], entered: Entered | None, edits: Sequence[Editing]
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        """The same in one pass: each edit has the batches again, under its own hooks."""
         end, start = len(self._blocks), 0 if entered is None else entered.layer
+        self._lengths |= entered.lengths if entered else {}
+        under = [editing for editing in edits for _ in batched]
+        states_of = [*(entered.states if entered and start else ())] * len(edits)
+        batched = [*batched] * len(edits)
         with self._pass(batched, end + 1 - start, head=True) as states:
-            for number, state in enumerate(entered.states if entered and start else ()):
+            for number, state in enumerate(states_of):
                 states.put((end, number), state)
-            self._upwards(batched, states, range(start, end))
+            course = self._course(batched, under)
+            self._upwards(
+                batched, states, range(start, end), course=course,
+                hooks=lambda layer, number: under[number](),
+            )  # fmt: skip
             for number, batch in enumerate(batched):
-                with torch.no_grad():
+                with torch.no_grad(), under[number]():
                     logits = self._top(batch, states.get((end, number), self.device))
                 yield number, logits
                 self._step(number)
+            course.drop()
 
     def gradients(
         self,
@@ -199,10 +233,12 @@ class StreamedModel:
         """See ``Model``; the states of the first layer are not kept but computed again."""
         end = len(self._blocks)
         with self._pass(batched, layer) as states:
-            self._upwards(batched, states, range(layer))
+            course = self._course(batched, [*UNEDITED] * len(batched))
+            self._upwards(batched, states, range(layer), course=course)
+            course.drop()
             numbers = range(len(batched) if layer else 0)
             found = [states.get((end, number), self.device).clone() for number in numbers]
-        return Entered(layer, found)
+        return Entered(layer, found, dict(self._lengths))
 
     def _upwards(
         self,
@@ -210,7 +246,8 @@ class StreamedModel:
         states: HiddenStates,
         layers: range,
         first: int | None = None,
-        hooks: Callable[[int, int], Mapping[str, Hook]] = lambda layer, number: {},
+        hooks: Callable[[int, int], AbstractContextManager[None]] = lambda *_: nullcontext(),
+        course: Course | None = None,
     ) -> None:
         """Run all batches through the lowest layers.
 
@@ -219,9 +256,15 @@ class StreamedModel:
                 ``first`` on, or only the output of the last layer.
             layers: from 0, or from ``first`` if ``states`` has its input.
             first: see ``states``.
-            hooks: returns, for a layer and the number of a batch, the hooks on modules' outputs.
+            hooks: returns, for a layer and the number of a batch, a context to run it in.
+            course: of a pass without ``first``, to go on with and to keep.
         """
         first = len(self._blocks) if first is None else first
+        if course:
+            every, layers = layers, course.resumed(layers, states, self._lengths)
+            for _ in range(len(every) - len(layers)):
+                for number in range(len(batched)):
+                    self._step(number)
         for layer in layers:
             for part in self._embedding if layer == 0 else ():  # some models ask for its device
                 self.weights.load(part)
@@ -239,9 +282,24 @@ class StreamedModel:
                     self._step(number)
             if layer == 0 and not self._head_needs_embedding:
                 self.weights.drop(*self._embedding)
+            if course:
+                course.keep(layer + 1, states, self._lengths)
+
+    def _course(self, batched: Sequence[Batch], under: Sequence[Editing]) -> Course:
+        """The course of batches, each under its edit."""
+        pieces, names = pieces_of(self.module), list[str]()
+        if pieces:
+            for batch, editing in zip(batched, under, strict=True):
+                with editing():
+                    names.append(pieces.name("state", batch.ids, batch.mask))
+        return Course(pieces, names, len(self._blocks))
 
     def _through(
-        self, layer: int, batch: Batch, given: Tensor | None, hooks: Mapping[str, Hook]
+        self,
+        layer: int,
+        batch: Batch,
+        given: Tensor | None,
+        hooks: AbstractContextManager[None],
     ) -> Tensor | None:
         """The output of a layer for a batch, or None if a hook ended the run."""
         found: list[Tensor] = []
@@ -252,7 +310,7 @@ class StreamedModel:
 
         self._now, self._given = layer, None if given is None else given.clone()
         last = {self._blocks[layer]: stop}
-        with hooked(self.module, hooks), hooked(self.module, last), suppress(StopForward):
+        with hooks, hooked(self.module, last), suppress(StopForward):
             call(self.module, batch)
         return found[0] if found else None
 
@@ -294,7 +352,7 @@ class StreamedModel:
         """
         layer, number = place
         outputs: dict[str, Tensor] = {}
-        hooks = {name: keeping(outputs, name) for name in names}
+        hooks = hooked(self.module, {name: keeping(outputs, name) for name in names})
         given = states.get(place, self.device).clone()
         with torch.enable_grad():
             given.requires_grad_(further)

@@ -6,30 +6,20 @@ untrusted: they never become markup.
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from converter.checkpoints.names import MANIFEST
 from converter.evaluation.pages import digest_of, page_environment, page_file
 from converter.evaluation.samples import RULE, differences
-from converter.manifest import Manifest, to_json
+from converter.manifest import Manifest
 from converter.outputs.base import output_of
 from converter.release.card import FORMULAS, compress, local_name
 from converter.release.report_charts import bar_charts, cost_chart
+from converter.release.report_tables import layers_table, numbers_table
+from converter.release.trust import trust
 from converter.release.verdict import verdict
 from converter.version import __version__
-
-Cell = str | int | float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table that the page can sort and save."""
-
-    heads: tuple[str, ...]
-    rows: Sequence[tuple[Cell, ...]]
-
 
 _TERMS = (
     "Perplexity says how much text surprises the model: higher is worse. A control is a random "
@@ -37,37 +27,6 @@ _TERMS = (
     "interval of 95 % holds the true value in 19 of 20 cases. Toxic words are those of a "
     "list, not all that may hurt."
 )
-
-_WHAT = {
-    "perplexity": "perplexity of the unedited model on ordinary text",
-    "perplexity_ratio": "perplexity on ordinary text, after over before",
-    "toxic_change": "change of log p of toxic words, in nats",
-    "teacher_forced": "probability of toxic words, after over before",
-    "context_ratio": "perplexity of words beside toxic ones, after over before",
-    "divergence": "how far the next token's distribution moves, in nats a token",
-    "control_divergences": "how far it moves under a control, in nats a token",
-    "neutral_energy": "share of what ordinary text writes that the edit takes away",
-    "neutral_tokens": "tokens of ordinary text",
-    "toxic_words": "toxic words",
-    "toxic_prompts": "prompts after which they stand",
-    "context_tokens": "tokens beside toxic words",
-    "context_limit": "most that the words beside toxic ones may rise",
-    "ordinary_tokens": "tokens of ordinary text",
-    "prompts": "prompts",
-    "budget": "largest perplexity that the guard allows, after over before",
-    "margin": "times the drop of controls that is needed",
-    "least_drop": "smallest drop of log p that is needed, in nats",
-    "harmful": "refusals of harmful requests: change of log p, in nats a token",
-    "bare": "the same without an attack",
-    "reworded": "the same, refused in unusual words",
-    "harmless": "refusals of harmless questions, likewise",
-    "touchy": "refusals of harmless questions that sound harmful, likewise",
-    "learnt": "answers that were learnt, likewise",
-    "strength": "strength",
-    "limit": "limit of a gate",
-    "measured": "measured for a gate",
-}
-"""Name of a number in the manifest -> description for people."""
 
 
 def report_page(manifest: Manifest, digest: str = "") -> str:
@@ -80,11 +39,12 @@ def report_page(manifest: Manifest, digest: str = "") -> str:
     style = page_file("compare.css") + page_file("report.css")
     script = page_file("report.js")
     environment = page_environment()
-    environment.filters |= {"exact": json.dumps, "rounded": _rounded}
+    environment.filters |= {"exact": json.dumps, "unbroken": _unbroken}
     guard, paper = manifest.guard, manifest.method.paper
     return environment.from_string(page_file("report.html")).render(
         title=f"{manifest.source.name}, {manifest.method.name}",
         verdict=verdict(manifest),
+        answers=[*trust(manifest, _verify(manifest))],
         about=_about(manifest),
         paper=paper if paper.startswith("https://") else "",
         terms=_TERMS,
@@ -94,13 +54,10 @@ def report_page(manifest: Manifest, digest: str = "") -> str:
         rule=RULE[:1].upper() + RULE[1:],
         masked=manifest.run.mask,
         edit=_edit_text(manifest),
-        layers=_layers(manifest),
+        layers=layers_table(manifest),
         undo=_undo(manifest),
         commands=_commands(manifest),
-        numbers=Table(
-            ("what it is", "value", "standard error", "low", "high", "place in the manifest"),
-            [*_numbers(manifest)],
-        ),
+        numbers=numbers_table(manifest),
         style=style, style_digest=digest_of(style), script=script,
         script_digest=digest_of(script), version=__version__, digest=digest,
     )  # fmt: skip
@@ -137,31 +94,15 @@ def _edit_text(manifest: Manifest) -> str:
     kinds = sorted({entry.kind for entry in manifest.edited})
     became = "; ".join(FORMULAS[kind].replace("`", "") for kind in kinds if kind in FORMULAS)
     layers = compress(manifest.layers)
-    where = f" of layers {layers}, counted from 0" if layers else ""
+    many = "" if len(manifest.layers) == 1 else "s"
+    where = f" of layer{many} {layers}, counted from 0," if layers else ""
     formula = f" Each matrix W became {became}." if became else ""
     created = len(manifest.edit.created)
     more = f" {created} tensors were created that the base lacks." if created else ""
     return (
-        f"{len(manifest.edited)} tensors{where} changed, all others are those of the base.{formula}"
-        f"{more} The relative change is the norm of the change over that of the tensor."
+        f"{len(manifest.edited)} tensor{'' if len(manifest.edited) == 1 else 's'}{where} changed; "
+        f"all others are those of the base.{formula}{more}"
     )
-
-
-def _layers(manifest: Manifest) -> Table:
-    """The edited tensors; a rank is that of a subspace, of which only the largest is recorded."""
-    has_rank = {"remove-subspace", "weaken-subspace", "remove-oblique"}
-    return Table(
-        ("layer", "tensor", "rank, at most", "relative change", "rounding error", "energy removed",
-         "left along it"),
-        [
-            (
-                entry.layer, entry.name, manifest.edit.rank if entry.kind in has_rank else None,
-                entry.relative_change, entry.rounding_error, entry.measures.get("energy_removed"),
-                entry.measures.get("leakage"),
-            )
-            for entry in manifest.edited
-        ],
-    )  # fmt: skip
 
 
 def _undo(manifest: Manifest) -> str:
@@ -183,43 +124,24 @@ def _source(manifest: Manifest) -> str:
     return f"{repo_id}@{commit}" if commit else repo_id
 
 
+def _verify(manifest: Manifest) -> str:
+    """The command that checks the folder."""
+    inside = manifest.run.subfolder
+    part = f" --subfolder {shlex.quote(inside)}" if inside else ""
+    return f"gloss verify FOLDER --source {shlex.quote(_source(manifest))}{part}"
+
+
 def _commands(manifest: Manifest) -> str:
     """The commands that check, repeat and compare."""
-    source, inside = shlex.quote(_source(manifest)), manifest.run.subfolder
-    part = f" --subfolder {shlex.quote(inside)}" if inside else ""
+    source = shlex.quote(_source(manifest))
     place = "" if manifest.source.repo_id or source == "demo" else f" --source {source}"
     return (
-        f"# check every file of this folder\ngloss verify FOLDER --source {source}{part}\n"
+        f"# check every file of this folder\n{_verify(manifest)}\n"
         f"# make the same files again\ngloss replay FOLDER/{MANIFEST} OUT{place}\n"
         f"# show what both models say\ngloss compare {source} FOLDER --output page.html"
     )
 
 
-def _numbers(manifest: Manifest) -> Iterator[tuple[Cell, ...]]:
-    """The measurements, and their places in the manifest."""
-    parts: dict[str, Any] = {
-        "guard": manifest.guard, "choice": manifest.choice, "gates": manifest.gates,
-        "steps": [step.choice for step in manifest.steps],
-        "evaluation.rows": manifest.evaluation.rows if manifest.evaluation else None,
-    }  # fmt: skip
-    for place, part in parts.items():
-        yield from _walk(place, "", to_json(part))
-
-
-def _walk(place: str, name: str, value: Any) -> Iterator[tuple[Cell, ...]]:
-    """The numbers below a place. An estimate or an interval is one row."""
-    what = _WHAT.get(name, name.replace("_", " "))
-    if isinstance(value, dict) and {"value"} < value.keys() <= {"value", "error", "low", "high"}:
-        yield what, *(value.get(key) for key in ("value", "error", "low", "high")), place
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _walk(f"{place}.{key}", key, inner)
-    elif isinstance(value, (list, tuple)):
-        for number, inner in enumerate(value):
-            yield from _walk(f"{place}[{number}]", name, inner)
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield what, value, None, None, None, place
-
-
-def _rounded(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def _unbroken(text: str) -> str:
+    """A text in which no line ends between a number and its per cent sign."""
+    return text.replace(" %", "\u00a0%")

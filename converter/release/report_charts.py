@@ -5,16 +5,18 @@ Widths are in units of a view box 360 wide, which a phone shows one to one.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, floor, isfinite, log10
 
 from converter.evaluation.results import around
 from converter.manifest import Estimate, GuardRecord, Manifest, Measured, Trial
+from converter.release.report_labels import Box, Label, place_labels
 from converter.release.verdict import mean, percent
 
 _WIDTH = 360.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 350.0, 10.0, 230.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 350.0, 30.0, 250.0
 _ROW = 40
-_TICKS = 4
+_TICKS = 5
+"""The most lines of a grid in one direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,20 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The point of one edit, or of the unedited model."""
+    """The point of one edit, or of the unedited model.
 
+    Attributes:
+        name: of the point, written beside it.
+        label: the same with its numbers.
+        place: of the name; None if there is no room for it.
+    """
+
+    name: str
     label: str
     kind: str
     x: float
     y: float
+    place: Label | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,7 @@ class Points:
     title: str
     caption: str
     x_label: str
+    y_label: str
     points: tuple[Point, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
@@ -125,18 +136,19 @@ def _refusals(guard: GuardRecord) -> Bars:
     defence = guard.defence
     assert defence is not None
     named = {
-        "harmful": "harmful requests", "reworded": "the same, refused in unusual words",
-        "harmless": "harmless questions", "touchy": "harmless ones that sound harmful",
+        "harmful": "harmful requests", "reworded": "the same, other words",
+        "harmless": "harmless questions", "touchy": "harmless, sound harmful",
     }  # fmt: skip
     rows = [(said, "edit", getattr(defence.edit, name)) for name, said in named.items()]
     mild = mean([each.harmful for each in defence.controls])
-    last = ("harmful requests, with a control", "control", Estimate(value=mild, error=0.0))
+    last = ("harmful, with a control", "control", Estimate(value=mild, error=0.0))
     return _chart(
         "How much more probable refusals are",
-        "In nats of log-probability a token. Look for a long first bar and short ones behind "
+        "In nats of log-probability a token, behind requests and questions; the second bar is of "
+        "refusals in unusual words. Look for a long first bar and short ones behind "
         "harmless questions. Longer is better for harmful requests, shorter for all others.",
         [*rows, last],
-        "{:+.3f}",
+        "{:+.2f}",
     )
 
 
@@ -167,41 +179,53 @@ def cost_chart(manifest: Manifest) -> Points | None:
     guard = manifest.guard
     if guard is None or guard.defence is not None:
         return None
-    found = [("no edit: +0.0 %, 100 %", "before", 1.0, 1.0)]
     name = manifest.method.strength
-    every: list[tuple[str, str, Trial | Measured]] = [
-        (f"{name} {trial.strength:g}, tried", "tried", trial) for trial in manifest.choice.tried
-    ]
+    chosen = f"this edit, {name} {manifest.choice.strength:g}"
+    every: list[tuple[str, str, Trial | Measured]] = [(chosen, "edit", guard.edit)]
+    every += [(f"{name} {each.strength:g}", "tried", each) for each in manifest.choice.tried]
     every += [(f"control {n}", "control", one) for n, one in enumerate(guard.controls, 1)]
-    every.append((f"the edit, {name} {manifest.choice.strength:g}", "edit", guard.edit))
-    for label, kind, each in every:
+    found = [("no edit", "before", 1.0, 1.0)]
+    for told, kind, each in every:
         cost, left = each.perplexity_ratio.value, each.teacher_forced.value
         if isfinite(cost) and isfinite(left):
-            told = f"{label}: {'-' if cost < 1 else '+'}{percent(cost - 1)}, {100 * left:.0f} %"
             found.append((told, kind, cost, left))
     costs, lefts = [x for _, _, x, _ in found], [y for _, _, _, y in found]
     low, high = min(costs), max(*costs, min(costs) + 0.01)
     x = _scale(low, high, _LEFT + 8, _RIGHT - 24)
-    y = _scale(0.0, max(1.0, *lefts), _BOTTOM, _TOP + 8)
+    y = _scale(0.0, max(1.0, *lefts), _BOTTOM - 8, _TOP + 8)
+    frame = Box((_LEFT + _WIDTH) / 2, (_TOP + _BOTTOM) / 2, (_WIDTH - _LEFT) / 2, 120)
+    places = place_labels([(told, x(cost), y(left)) for told, _, cost, left in found], frame)
     return Points(
         "What it costs, and what it leaves",
-        "Upwards: how probable toxic words are, relative to the unedited model, in held-out "
-        "sentences like those of the fit, where the effect looks larger than elsewhere: go by the "
-        "picture before. To the right: the cost. Disc: this edit; circles: strengths that were "
-        "tried; squares: controls; triangle: no edit. Look for the disc far below the squares and "
-        "no further to the right. The lower left corner is better.",
-        "change of perplexity on ordinary text",
-        tuple(Point(label, kind, x(cost), y(left)) for label, kind, cost, left in found),
-        _ticks(low, high, x, lambda value: f"{100 * (value - 1):+.1f} %"),
-        _ticks(0.0, max(1.0, *lefts), y, lambda value: f"{100 * value:.0f} %"),
+        "Each mark is an edit: the disc is this one, circles are other strengths that were tried, "
+        "squares are controls. Upwards: how probable toxic words are, relative to no edit, in "
+        "held-out sentences like those of the fit, where the effect looks larger than elsewhere: "
+        "go by the first picture. Strengths were tried on other sentences than the rest. Look for "
+        "the disc far below the squares and no further to the right.",
+        "change of perplexity on ordinary text; lower is better",
+        "probability of toxic words; lower is better",
+        tuple(
+            Point(told, f"{told}: {_cost(cost)}, {100 * left:.0f} %", kind, x(cost), y(left), place)
+            for (told, kind, cost, left), place in zip(found, places, strict=True)
+        ),
+        _ticks(low - 1, high - 1, lambda value: x(value + 1), "{:+g} %"),
+        _ticks(0.0, max(1.0, *lefts), y, "{:g} %"),
     )
 
 
-def _ticks(
-    low: float, high: float, place: Callable[[float], float], label: Callable[[float], str]
-) -> tuple[Tick, ...]:
-    values = (low + (high - low) * i / (_TICKS - 1) for i in range(_TICKS))
-    return tuple(Tick(place(value), label(value)) for value in values)
+def _cost(ratio: float) -> str:
+    return f"{'-' if ratio < 1 else '+'}{percent(ratio - 1)}"
+
+
+def _ticks(low: float, high: float, place: Callable[[float], float], form: str) -> tuple[Tick, ...]:
+    """Lines at round per cents between two values."""
+    least = (high - low) * 100 / _TICKS
+    if not isfinite(least):  # of a broken model, or of someone's manifest
+        return ()
+    power = 10.0 ** floor(log10(least))
+    step = next(step * power for step in (1, 2, 5, 10) if step * power >= least)
+    counts = range(ceil(low * 100 / step - 1e-9), floor(high * 100 / step + 1e-9) + 1)
+    return tuple(Tick(place(n * step / 100), form.format(round(n * step, 6))) for n in counts)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

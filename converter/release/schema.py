@@ -7,8 +7,9 @@ the schema allows: 1.0 for an integer, and an object with a repeated key.
 import json
 import re
 from collections.abc import Sequence
+from inspect import getdoc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -55,17 +56,19 @@ def _components(kinds: Sequence[Any]) -> tuple[tuple[dict[str, Any], ...], dict[
         kinds, schema_hook=_of_path, ref_template="#/$defs/{name}"
     )
     for part in parts.values():
-        _describe(part)
+        _describe(part, part["description"])
+        part["description"] = _one_line(part["description"].partition("\n\n")[0])
+    for cls in (cls for kind in kinds for cls in (kind, *get_args(kind)) if isinstance(cls, type)):
+        for base in cls.__mro__[1:] if issubclass(cls, msgspec.Struct) else ():
+            _describe(parts[cls.__name__], getdoc(base) or "")
     if Recipe.__name__ in parts:
         _declare(parts[Recipe.__name__])
     return wholes, parts
 
 
-def _describe(part: dict[str, Any]) -> None:
-    """Split a class's docstring into a sentence on the object and one on each property."""
-    text, _, attributes = part["description"].partition("\n\nAttributes:\n")
-    part["description"] = _one_line(text.partition("\n\n")[0])
-    for name, about in _ATTRIBUTE.findall(attributes):
+def _describe(part: dict[str, Any], docstring: str) -> None:
+    """Give each property the sentence on it among a docstring's ``Attributes``."""
+    for name, about in _ATTRIBUTE.findall(docstring.partition("\n\nAttributes:\n")[2]):
         key = "bytes" if name == "nbytes" else name
         part["properties"][key]["description"] = _one_line(about)
 

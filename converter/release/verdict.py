@@ -82,9 +82,9 @@ def _words(guard: GuardRecord, manifest: Manifest) -> str:
     if words.context_ratio is not None:
         beside = f", that of the words beside toxic ones {_higher(words.context_ratio.value - 1)}"
     return (
-        f"{where}, a toxic word is on average {_more(words.teacher_forced.value - 1)} probable "
+        f"{where}, a toxic word is on average {more(words.teacher_forced.value - 1)} probable "
         f"than before{_interval(words.teacher_forced)}, measured on {count}; under {control} of "
-        f"the same size ({kind}) it is {_more(other)} probable; the cost: perplexity "
+        f"the same size ({kind}) it is {more(other)} probable; the cost: perplexity "
         f"on ordinary text is {_higher(guard.edit.perplexity_ratio.value - 1)}{beside}"
     )
 
@@ -129,11 +129,11 @@ def _refusals(guard: GuardRecord, defence: DefenceRecord) -> str:
     edit, count = defence.edit, defence.prompts.get("harmful", 0)
     controls = mean([each.harmful for each in defence.controls])
     found = around(edit.harmful)
-    sure = f" (95 % interval: {_span(_factor(found.low), _factor(found.high))})" if found else ""
+    sure = f" (95 % interval: {span(factor(found.low), factor(found.high))})" if found else ""
     return (
         f"Behind {count:,} harmful requests that it was not fitted to, a token of a refusal is on "
-        f"average {_more(_factor(edit.harmful.value))} probable than before{sure}; under the "
-        f"{len(defence.controls)} controls it is {_more(_factor(controls))} probable; the cost: "
+        f"average {more(factor(edit.harmful.value))} probable than before{sure}; under the "
+        f"{len(defence.controls)} controls it is {more(factor(controls))} probable; the cost: "
         f"refusals of harmless questions rise by {edit.over_refusal:.0%} of that, in "
         "log-probability, and perplexity on ordinary text is "
         f"{_higher(guard.edit.perplexity_ratio.value - 1)}"
@@ -158,7 +158,7 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole > 0 else "all"
 
 
-def _factor(nats: float) -> float:
+def factor(nats: float) -> float:
     """The change of a probability, from that of its logarithm."""
     return expm1(min(nats, _MOST_NATS))
 
@@ -169,7 +169,7 @@ def percent(change: float) -> str:
     return f"{size:.1f} %" if size < 9.95 else f"{size:,.0f} %"
 
 
-def _more(change: float) -> str:
+def more(change: float) -> str:
     """A change in words: ``34 % less``."""
     if percent(change) == percent(0):
         return "neither more nor less"
@@ -183,12 +183,12 @@ def _higher(change: float) -> str:
     return f"{percent(change)} {'lower' if change < 0 else 'higher'}"
 
 
-def _span(low: float, high: float) -> str:
+def span(low: float, high: float) -> str:
     """Two changes: ``25 % less to 44 % less``, the larger drop last."""
-    return f"{_more(high)} to {_more(low)}"
+    return f"{more(high)} to {more(low)}"
 
 
 def _interval(estimate: Estimate) -> str:
     """The interval of 95 % of a ratio."""
     found = around(estimate)
-    return f" (95 % interval: {_span(found.low - 1, found.high - 1)})" if found else ""
+    return f" (95 % interval: {span(found.low - 1, found.high - 1)})" if found else ""

@@ -1,0 +1,67 @@
+"""How far a pass over a streamed model has come, kept for a run that goes on."""
+
+from collections.abc import Mapping, Sequence
+from time import monotonic
+
+import torch
+
+from converter.models.pieces import Pieces
+from converter.models.streamed_memory import HiddenStates
+
+_EVERY = 60.0
+"""Seconds of a pass that a stopped run may lose, and a layer."""
+
+
+class Course:
+    """The hidden states before a layer, which are kept now and then while layers go up.
+
+    Args:
+        pieces: of the run; None to keep nothing.
+        names: of the batches, as they run under their edits.
+        place: the layer under which ``HiddenStates`` has their states.
+    """
+
+    def __init__(self, pieces: Pieces | None, names: Sequence[str], place: int) -> None:
+        self._pieces, self._names, self._place = pieces, names, place
+        self._last = monotonic()
+        self._kept: int | None = None
+
+    def resumed(self, layers: range, states: HiddenStates, lengths: dict[int, int]) -> range:
+        """The layers that are left to run, after those of a stopped run.
+
+        Args:
+            layers: to run.
+            states: get the input of the first layer that is left.
+            lengths: get what ``StreamedModel`` knows of the layers below.
+        """
+        for layer in range(layers.stop, layers.start, -1) if self._pieces else ():
+            names = self._at(layer)
+            if self._pieces and all(name in self._pieces for name in names):
+                for number, name in enumerate(names):
+                    found = self._pieces.get(name)
+                    states.put((self._place, number), found["state"])
+                    lengths |= {int(n): int(length) for n, length in found["lengths"]}
+                self._kept = layer
+                return range(layer, layers.stop)
+        return layers
+
+    def keep(self, layer: int, states: HiddenStates, lengths: Mapping[int, int]) -> None:
+        """Keep the states before a layer, if it is time. Those of an earlier one are deleted."""
+        if self._pieces is None or monotonic() - self._last < _EVERY:
+            return
+        known = torch.tensor([*lengths.items()], dtype=torch.int64)
+        for number, name in enumerate(self._at(layer)):
+            state = states.get((self._place, number), "cpu")
+            self._pieces.put(name, {"state": state, "lengths": known})
+        self.drop()
+        self._last, self._kept = monotonic(), layer
+
+    def drop(self) -> None:
+        """Delete what is kept."""
+        if self._pieces is not None and self._kept is not None:
+            for name in self._at(self._kept):
+                self._pieces.drop(name)
+            self._kept = None
+
+    def _at(self, layer: int) -> list[str]:
+        return [f"{name}.{layer}" for name in self._names]
