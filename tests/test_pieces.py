@@ -25,11 +25,12 @@ from converter.methods import workbench
 from converter.methods.workbench import Bench
 from converter.models import course, resident, streamed
 from converter.models.batching import Batch, Encoder, token_batches
+from converter.models.likelihood import log_probabilities
 from converter.models.pieces import Pieces, keeping, pieces_of, temporary_pieces, under
 from converter.models.resident import Model
 from converter.runtime.cache import using_cache
 from tests.builders.invoke import Cli
-from tests.builders.models import Checkpoints, tiny_recipe
+from tests.builders.models import LAYERS, Checkpoints, tiny_recipe
 from tests.builders.planted import planted_args
 from tests.test_resume import content
 
@@ -283,3 +284,23 @@ def test_gradients_of_a_stopped_run_come_as_in_a_whole_one(
 def at(found: tuple[int, int, torch.Tensor, torch.Tensor]) -> tuple[Any, ...]:
     number, layer, f, g = found
     return number, layer, f.tolist(), g.tolist()
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_hidden_states_are_kept_if_the_disk_has_room_for_them(
+    has_room: bool, checkpoints: Checkpoints, pieces: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them, a stopped pass begins anew; and a pass that came to its end is not needed."""
+    monkeypatch.setattr(course, "_EVERY", 0.0)
+    monkeypatch.setattr(Pieces, "room", lambda _: has_room * 1_000_000)
+    model = bench_of(checkpoints, forward="streamed").load()
+    pieces.module = model.module
+    texts = [[Encoder(model.tokenizer, model.module)("one text to read", "mean", ())]]
+    calls = Calls(monkeypatch)
+    calls.until(LAYERS)  # only the head is left
+    with pytest.raises(SystemExit):
+        log_probabilities(model, texts)
+    for left in ((1 if has_room else LAYERS + 1), 0):
+        calls.until()
+        log_probabilities(model, texts)
+        assert calls.done == left
