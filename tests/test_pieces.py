@@ -64,15 +64,8 @@ class Calls:
 def arguments(planted: Path, folder: Path, forward: str) -> tuple[object, ...]:
     cache = ("--cache-dir", folder / "cache")
     pairs = ("--num-pairs", 60, "--guard-draws", 1)
-    return (
-        planted,
-        folder / "out",
-        *planted_args(planted, None),
-        *pairs,
-        *cache,
-        "--forward",
-        forward,
-    )
+    args = (*planted_args(planted, None), *pairs, *cache, "--forward", forward)
+    return (planted, folder / "out", *args)
 
 
 @pytest.mark.parametrize("forward", ["resident", "streamed"])
@@ -94,6 +87,26 @@ def test_a_stopped_run_goes_on_from_its_last_batch(
     assert content(stopped / "out") == content(whole / "out")
     assert spent + calls.done < batches * 1.2
     assert not [*(stopped / "cache" / "pieces").iterdir()]
+
+
+def test_a_stopped_evaluation_goes_on(
+    planted: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, prompts = Calls(monkeypatch), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(["w1 w2 fucking", "w3 damn", "w4 w5", "w6 w7 w8"] * 2))
+    asked = (
+        planted, *planted_args(planted), "--num-pairs", 60, "--system", "gloss", "--prompts",
+        prompts, "--scorer", "bad-words", "--max-new-tokens", 4, "--generation-batch-size", 4,
+        "--passages", 2, "--json",
+    )  # fmt: skip
+    whole = cli("evaluate", *asked, "--cache-dir", tmp_path / "whole", code=0)
+    batches = calls.done
+    calls.until(batches - 3)
+    cli("evaluate", *asked, "--cache-dir", tmp_path / "stopped", code=STOPPED)
+    calls.until()
+    again = cli("evaluate", *asked, "--cache-dir", tmp_path / "stopped", code=0)
+    assert again.stdout == whole.stdout
+    assert calls.done == 3
 
 
 @pytest.fixture
