@@ -71,7 +71,7 @@ class Remembered:
         yield from fresh
 
     def _of_stopped_run(self, names: Sequence[str], modules: Modules) -> set[str]:
-        """The batches of which every layer is there."""
+        """The batches of which a stopped run has kept every layer."""
         every = {name: [f"{name}.{layer}" for layer in modules] for name in names}
         kept = {name for name, parts in every.items() if all(p in self._pieces for p in parts)}
         self._layers |= {name: [*modules] for name in kept}
@@ -96,7 +96,7 @@ class Remembered:
         self._layers |= layers
 
     def _name(self, modules: Modules, batch: Batch) -> str:
-        """The name of a batch, whose tokens and chosen tokens count."""
+        """The name of a batch, by its tokens and its chosen tokens."""
         parts = batch.ids, batch.mask, batch.weights
         return self._pieces.name("f and g", *parts, sorted(modules.items()))
 

@@ -352,7 +352,7 @@ class _PlanOptions(Options):
 def _look_at_plan(
     *, recipe: Recipe, asked: _PlanOptions, settings: Settings, faults: Faults
 ) -> None:
-    """The same of a plan."""
+    """Find the faults in the arguments of ``gloss plan`` before torch is loaded."""
     from converter.entrypoints import first_look
 
     first_look.look_at_recipe(recipe, settings, faults)

@@ -1,9 +1,9 @@
-"""What a run has computed so far, kept until it ends, so that a stopped run goes on from there.
+"""Keep the result of each batch until the run succeeds, so that a stopped run can continue.
 
 A piece is the result of one batch. Its name is a hash of everything that it depends on within the
-run: the batch, the edits under which the model computed, the dtype, and what was computed. The
-folder of a run is named by the rest: source, recipe and machine. It is deleted when the run
-succeeds.
+run: the batch, the edits under which the model computed, the dtype, and the kind of result. The
+name of a run's folder is a hash of the rest: source, recipe, device and libraries. The folder is
+deleted when the run succeeds.
 """
 
 import fcntl
@@ -46,8 +46,8 @@ class Pieces:
         """The name of a result of the module, as it computes now.
 
         Args:
-            kind: what is computed.
-            parts: what it depends on: tensors, which count by their bytes, and texts or numbers.
+            kind: of the result.
+            parts: inputs of the result: tensors, which count by their bytes, and texts or numbers.
         """
         assert self.module is not None
         dtype = next(self.module.parameters()).dtype
@@ -61,7 +61,7 @@ class Pieces:
         return digest.hexdigest()
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a whole piece. One of an earlier run is checked once."""
+        """Whether there is a whole piece. A piece of an earlier run is checked once."""
         if name not in self._whole:
             try:
                 data = memoryview((self.folder / name).read_bytes())
@@ -73,7 +73,7 @@ class Pieces:
         return True
 
     def get(self, name: str) -> dict[str, Tensor]:
-        """A piece that there is, on the CPU. Raises DestinationError if it cannot be read."""
+        """An existing piece, on the CPU. Raises DestinationError if it cannot be read."""
         try:
             return safetensors.torch.load((self.folder / name).read_bytes()[_DIGEST:])
         except (OSError, SafetensorError) as error:
@@ -92,7 +92,7 @@ class Pieces:
         self._whole.add(name)
 
     def made(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """A piece, which is made and kept if there is none."""
+        """The piece of this name; if there is none, ``make`` it and keep it."""
         if name in self:
             return self.get(name)
         found = make()
@@ -116,7 +116,7 @@ def pieces_of(module: nn.Module) -> Pieces | None:
 
 @contextmanager
 def pieces_for(module: nn.Module) -> Iterator[Pieces]:
-    """The pieces of the run; or temporary ones, if it keeps none of this module."""
+    """The pieces of the run; or temporary ones, if the run keeps none of this module."""
     if pieces := pieces_of(module):
         yield pieces
         return
@@ -143,8 +143,8 @@ def under(module: nn.Module, digest: str) -> Iterator[None]:
 def keeping(key: str) -> Iterator[Pieces]:
     """Within this context, keep pieces, and use those of a stopped run of the same key.
 
-    Another run of this key that goes on at the same time does not share them. They are deleted if
-    the block succeeds, and else by a later run, after a day.
+    Two runs of the same key at the same time share no pieces. The pieces are deleted if the block
+    succeeds, and otherwise by a later run, after a day.
 
     Raises:
         DestinationError: the cache cannot be written.
@@ -157,7 +157,7 @@ def keeping(key: str) -> Iterator[Pieces]:
         raise cache_error(folder / key, error) from error
     with _held(folder / key) as place:
         if any(place.iterdir()):
-            progress.note("  going on from what a stopped run has measured")
+            progress.note("  continuing from the results of a stopped run")
         pieces = Pieces(place)
         token = _now.set(pieces)
         try:
