@@ -39,8 +39,8 @@ class _DeliveryOptions(Options):
 
     # fmt: off
     destination: Annotated[str, Option(
-        "Folder for the result, which does not exist or is empty; or the address of a prefix "
-        "in an object store, which is empty.",
+        "Folder for the result, which does not exist or is empty; or the address of an empty "
+        "prefix in an object store.",
         flag="DESTINATION", example="s3://bucket/prefix", place=True,
     )]
     overwrite: Overwrite = False

@@ -200,7 +200,7 @@ def _by_number(name: str) -> list[Any]:
 def spelling(
     renaming: library.Renaming, architecture: Architecture, names: Iterable[str]
 ) -> dict[str, str]:
-    """Beginning of the names that ``save_pretrained`` writes -> beginning of the checkpoint's names.
+    """Beginning of names that ``save_pretrained`` writes -> beginning of those of a checkpoint.
 
     For checkpoints whose names transformers reads but does not write.
 
