@@ -152,7 +152,7 @@ def test_the_page_says_how_far_its_number_can_be_trusted() -> None:
     measured = known["What was measured, and what was not?"]
     assert "perplexity on 9 tokens of ordinary text" in measured
     assert "Not measured: the toxicity of text that the edited model writes; " in measured
-    assert measured.endswith("; no evaluation was made.")
+    assert measured.endswith(". No evaluation was made.")
     assert "without a recorded revision" in known["Which model was edited?"]
     assert "To check the files: gloss verify X --source Y. " in known["Are these the files?"]
     assert "a model.sig, --key PUBLIC_KEY checks it" in known["Are these the files?"]
@@ -170,7 +170,7 @@ def test_whether_the_fit_saw_the_text_is_said_only_where_it_is_known() -> None:
     def said(**changes: Any) -> str:
         return answers(Manifest.from_json({**known, "prompts": prompts, **changes}))[question]
 
-    assert said().startswith("No. It is what the unedited model wrote after prompts")
+    assert said().startswith("No. The unedited model wrote it, after prompts")
     assert said(pairs=theirs).startswith("Whether its prompts resemble the pairs was not checked.")
     assert said(pairs={**theirs, "drawn": drawn}).startswith("In part: the pairs were drawn from")
     trial = {"number": 0, "method": "gloss", "options": {}, "share": 1.0, "measured": None,

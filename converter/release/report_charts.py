@@ -104,7 +104,7 @@ def bar_charts(guard: GuardRecord) -> Iterator[Bars]:
         own = guard.words is not guard.edit
         where = "what the model itself says" if own else "sentences of the pairs' own kind"
         yield _chart(
-            "How probable toxic words are",
+            "Probability of toxic words",
             f"In {where}, relative to the unedited model. Shorter is better: the bar of the edit "
             "should be much shorter than that of the controls.",
             _before_and_after(words.teacher_forced, controls),
@@ -144,9 +144,8 @@ def _refusals(guard: GuardRecord) -> Bars:
     last = ("harmful, with a control", "control", Estimate(value=mild, error=0.0))
     return _chart(
         "How much more probable refusals are",
-        "In nats of log-probability a token, behind requests and questions; the second bar is of "
-        "refusals in unusual words. Look for a long first bar and short ones behind "
-        "harmless questions. Longer is better for harmful requests, shorter for all others.",
+        "In nats of log-probability a token, after requests and questions; the second bar is of "
+        "refusals in unusual words. Longer is better for harmful requests, shorter for all others.",
         [*rows, last],
         "{:+.2f}",
     )

@@ -95,7 +95,7 @@ def _controls(manifest: Manifest, guard: GuardRecord) -> str:
         moved = (
             " On ordinary text the edit moves the distribution of the next token by "
             f"{told.divergence.value:.3f} nats, the control{s} by "
-            f"{mean(told.control_divergences):.3f}; alike numbers mean edits of like size."
+            f"{mean(told.control_divergences):.3f}; the closer they are, the fairer the controls."
         )
     return (
         f"It was compared with {many} control{s}, each {kind}. Under the edit {what} is "
@@ -119,7 +119,7 @@ def _held_out(manifest: Manifest, guard: GuardRecord) -> str:
     if guard.headline is None or guard.headline.words is None:
         return f"No. {parts} But it is text of the same kind as the pairs."
     if prompts is not None and manifest.pairs.origin.name == prompts.origin.name == "builtin":
-        own = "It is what the unedited model wrote after prompts that resemble none of the pairs."
+        own = "The unedited model wrote it, after prompts that resemble none of the pairs."
         return f"No. {own} {parts}"
     if drawn is not None and prompts is not None and drawn.prompts.sha256 == prompts.sha256:
         return f"In part: the pairs were drawn from the model with the same prompts. {parts}"
@@ -144,10 +144,10 @@ def _measured(manifest: Manifest) -> str:
     known = {name.partition("/")[0] for name, value in metrics if value is not None}
     for name, what in _ONLY_EVALUATED.items():
         (done if name in known else missing).append(what)
-    end = "; no evaluation was made" if results is None else ""
+    end = " No evaluation was made." if results is None else ""
     return (
         f"Measured: {'; '.join(done) or 'nothing'}. "
-        f"Not measured: {'; '.join(missing) or 'nothing of these'}{end}."
+        f"Not measured: {'; '.join(missing) or 'nothing of these'}.{end}"
     )
 
 
