@@ -1,10 +1,12 @@
 """The split, the choice of the strength and the guard: a tool that cannot fool itself."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,10 +25,12 @@ from converter.errors import DataError, GuardError
 from converter.evaluation.guard import examine, judge
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.manifest import Estimate, Measured, Origin
+from converter.methods import workbench
 from converter.methods.base import Proposal
 from converter.methods.subspace import Removal, Subspace, neutral_energy
 from converter.methods.workbench import Bench
 from converter.models.edited import edited
+from converter.models.loading import load_language_model
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from tests.builders.edits import removal
@@ -295,6 +299,30 @@ def test_the_dtype_of_held_out_text_does_not_touch_the_edit(
     assert one.perplexity == pytest.approx(other.perplexity, rel=0.01)
     says = "expected weights stored in bfloat16, found F32"
     cli("convert", planted, tmp_path / "no", *given, "--forward-dtype", "mixed", code=2, says=says)
+
+
+def test_the_model_of_the_choice_is_released_before_the_guard(
+    planted: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the fit and the choice ran is gone when a model in another dtype is loaded. The guard
+    has two: continuations are in float32, and measurements in bfloat16.
+    """
+    source = shutil.copytree(planted, tmp_path / "model")
+    weights = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    load, loaded, others = load_language_model, list[Any](), list[int]()
+
+    def counted(*given: Any) -> Any:
+        gc.collect()
+        others.append(sum(module() is not None for module in loaded))
+        found = load(*given)
+        loaded.append(weakref.ref(found.module))
+        return found
+
+    monkeypatch.setattr(workbench, "load_language_model", counted)
+    given = (*planted_args(planted, None), "--num-pairs", 60, "--guard-draws", 1)
+    cli("convert", source, tmp_path / "out", *given, "--forward-dtype", "mixed", code=0)
+    assert others == [0, 0, 0, 1]
 
 
 def test_the_context_is_every_other_word_of_the_toxic_sentences(planted: Path) -> None:

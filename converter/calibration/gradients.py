@@ -1,6 +1,5 @@
 """Gradients of sums of log p with respect to modules' outputs, a batch at a time."""
 
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,12 +7,12 @@ from itertools import islice
 
 from torch import Tensor
 
+from converter.errors import FitError
 from converter.models.batching import Batch, Sentence, logit_positions, token_batches
 from converter.models.hooks import Modules, memory_errors
 from converter.models.pieces import Pieces, pieces_for
 from converter.models.resident import LanguageModel, Model, Pool
 from converter.runtime import progress
-from converter.runtime.cache import cache_folder
 
 _ON_DISK = 1 << 35
 """The most bytes of f and g that are kept, if the disk has room."""
@@ -52,16 +51,22 @@ class Remembered:
 
     def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
-        self._layers: dict[str, list[int]] = {}
+        self._used = set[str]()
 
     def __call__(self, model: Model, modules: Modules, batched: Sequence[Batch]) -> Found:
         names = [self._name(modules, batch) for batch in batched]
-        if all(name in self._layers for name in names):
-            for layer in progress.each(self._layers[names[0]] if names else [], "moments", "layer"):
+        every = {name: [f"{name}.{layer}" for layer in modules] for name in names}
+        self._used.update(*every.values())
+        kept = {name for name, parts in every.items() if all(p in self._pieces for p in parts)}
+        resident = isinstance(model, LanguageModel)
+        if len(kept) == len(every):
+            layers = [*modules] if resident else sorted(modules, reverse=True)  # as they came
+            for layer in progress.each(layers, "moments", "layer"):
                 for number, name in enumerate(names):
                     yield self._read(number, name, layer, batched)
             return
-        kept = self._of_stopped_run(names, modules) if isinstance(model, LanguageModel) else {}
+        if not resident:  # all batches of a layer come together
+            kept = set()
         fresh = self._run(model, modules, batched, names, kept)
         for number, name in enumerate(names if kept else ()):
             if name in kept:
@@ -69,13 +74,6 @@ class Remembered:
             else:  # all layers of a batch come together
                 yield from islice(fresh, len(modules))
         yield from fresh
-
-    def _of_stopped_run(self, names: Sequence[str], modules: Modules) -> set[str]:
-        """The batches of which a stopped run has kept every layer."""
-        every = {name: [f"{name}.{layer}" for layer in modules] for name in names}
-        kept = {name for name, parts in every.items() if all(p in self._pieces for p in parts)}
-        self._layers |= {name: [*modules] for name in kept}
-        return kept
 
     def _run(
         self,
@@ -87,13 +85,10 @@ class Remembered:
     ) -> Found:
         """Run the batches that are not kept, and keep them."""
         left = [number for number, name in enumerate(names) if name not in kept]
-        layers: dict[str, list[int]] = {}
         for place, layer, f, g in gradients(model, modules, [batched[n] for n in left]):
             number = left[place]
             self._pieces.put(f"{names[number]}.{layer}", {"f": f, "g": g})
-            layers.setdefault(names[number], []).append(layer)
             yield number, layer, f, g
-        self._layers |= layers
 
     def _name(self, modules: Modules, batch: Batch) -> str:
         """The name of a batch, by its tokens and its chosen tokens."""
@@ -109,24 +104,25 @@ class Remembered:
 
     def drop(self) -> None:
         """Delete all pieces."""
-        for name, layers in self._layers.items():
-            for layer in layers:
-                self._pieces.drop(f"{name}.{layer}")
+        for name in self._used:
+            self._pieces.drop(name)
 
 
 @contextmanager
 def remembering(model: Model, modules: Modules, batched: Sequence[Batch]) -> Iterator[Take | None]:
     """A ``Remembered`` for these batches, or None if it would need too much disk."""
-    folder, width = cache_folder(), model.architecture.sizes.hidden_size
-    tokens = sum(batch.ids.numel() for batch in batched)
+    width, tokens = model.architecture.sizes.hidden_size, sum(b.ids.numel() for b in batched)
     nbytes = 2 * 4 * tokens * width * len(modules)
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    if nbytes > min(_ON_DISK, shutil.disk_usage(there).free // 2):
-        yield None
-        return
     with pieces_for(model.module) as pieces:
+        if nbytes > min(_ON_DISK, pieces.room()):
+            yield None
+            return
         remembered = Remembered(pieces)
-        yield remembered
+        try:
+            yield remembered
+        except FitError:  # the same run would meet it again
+            remembered.drop()
+            raise
         remembered.drop()
 
 

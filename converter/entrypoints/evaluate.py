@@ -62,7 +62,8 @@ def evaluate_model(
     bench.forward.need_resident()
     given = [made(edited, EDITED, bench)] if edited else []
     given += _others(comparison, bench)
-    return evaluate(bench, battery, comparison, given, results, continuations)
+    with bench.keeping():
+        return evaluate(bench, battery, comparison, given, results, continuations)
 
 
 def _check_plain(recipe: Recipe, comparison: Comparison) -> None:

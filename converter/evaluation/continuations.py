@@ -1,6 +1,6 @@
 """Continuations of prompts: written by one model, scored by the same or another one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -156,18 +156,16 @@ def _continued(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Te
     pieces = pieces_of(model)
     if pieces is None:
         return _continue(model, batch, settings)
-
-    name = pieces.name(
-        "continuations", batch.ids, batch.mask, settings.to_json_string(), *_generators().values()
-    )
-
-    def make() -> Mapping[str, Tensor]:
+    given = batch.ids, batch.mask, settings.to_json_string(), *_generators().values()
+    name = pieces.name("continuations", *given)
+    if name not in pieces:
         new = _continue(model, batch, settings)
-        return {"new": new, **_generators()}
-
-    found = pieces.made(name, make)
+        pieces.put(name, {"new": new, **_generators()})
+        return new
+    found = pieces.get(name)
     torch.set_rng_state(found["cpu"])
     torch.cuda.set_rng_state_all([found[f"cuda:{i}"] for i in range(len(found) - 2)])
+    progress.advance(found["new"].numel())
     return found["new"]
 
 

@@ -134,6 +134,7 @@ def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) ->
     first = _lowest_layer(bench.plan, method)
     probe = cache(lambda: probe_of(bench, parts.choose, first, bench.held_out))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
+    probe.cache_clear()  # it holds a model, and inputs of a layer
     last, found = steps[-1], None
     headline: Headline | str | None = why if aim_of(method) != "defence" else None
     if prompts is not None:

@@ -134,7 +134,8 @@ class Bench:
         """
         dtype = dtype or self.dtype
         if self.model is None or self.loaded != dtype:
-            self.model, self.loaded = None, dtype
+            self.unload()
+            self.loaded = dtype
             if not self.has_run:
                 free = f"{self.forward.budget / 1e9:.1f} GB to plan with"
                 how = f"forward pass {self.forward.mode}: {self.forward.reason}"
@@ -167,7 +168,7 @@ class Bench:
                 yield
 
     def unload(self) -> None:
-        """Release the model; the edit of the files does not need it."""
+        """Release the model."""
         self.model = None
         if self.pieces:
             self.pieces.module = None
@@ -193,9 +194,11 @@ class Bench:
             "attention": self.how.attention,
             "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
         }
-        with keeping(cache_key(run)) as self.pieces:
-            yield
-        self.pieces = None
+        try:
+            with keeping(cache_key(run)) as self.pieces:
+                yield
+        finally:
+            self.pieces = None
 
     def fit(self, method: Method, part: Part) -> Proposal:
         """Fit a method to texts, and to the model as the former methods left it."""

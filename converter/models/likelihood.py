@@ -114,11 +114,10 @@ def log_probabilities_under(
         else dict[int, Tensor]()
         for each in names
     ]
-    # batches that are left -> the edits that need them
-    alike: dict[tuple[int, ...], list[int]] = {}
+    alike: dict[tuple[int, ...], list[int]] = {}  # left batches -> the edits that need them
     for edit, known in enumerate(values):
-        left = tuple(place for place in range(len(batched)) if place not in known)
-        alike.setdefault(left, []).append(edit)
+        if left := tuple(place for place in range(len(batched)) if place not in known):
+            alike.setdefault(left, []).append(edit)
     count = sum(len(who) * len(batched[n][1].rows) for left, who in alike.items() for n in left)
     with (
         memory_errors("held-out text", hint="give --device cpu"),

@@ -3,7 +3,8 @@
 A piece is the result of one batch. Its name is a hash of everything that it depends on within the
 run: the batch, the edits under which the model computed, the dtype, and the kind of result. The
 name of a run's folder is a hash of the rest: source, recipe, device and libraries. The folder is
-deleted when the run succeeds.
+deleted when the run succeeds. A process holds its folder by a lock on a file in it, so that no
+other process uses or deletes it.
 """
 
 import fcntl
@@ -11,8 +12,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -22,9 +24,11 @@ from torch import Tensor, nn
 
 from converter.checkpoints.safetensors.header import to_bytes
 from converter.runtime import progress
-from converter.runtime.cache import cache_error, cache_folder, discard_stale
+from converter.runtime.cache import STALE, cache_error, cache_folder
 
 _DIGEST = hashlib.sha256().digest_size
+
+_LOCK = "lock"
 
 
 class Pieces:
@@ -57,8 +61,13 @@ class Pieces:
                 digest.update(f"{part.dtype} {list(part.shape)}".encode())
                 digest.update(to_bytes(part.cpu().contiguous()))
             else:
-                digest.update(repr(part).encode())
+                digest.update(f"{part!r}\n".encode())
         return digest.hexdigest()
+
+    def room(self) -> int:
+        """The bytes that pieces may take: half of the disk that is free without them."""
+        used = sum(path.stat().st_size for path in self.folder.iterdir())
+        return (shutil.disk_usage(self.folder).free + used) // 2
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a whole piece. A piece of an earlier run is checked once."""
@@ -87,22 +96,16 @@ class Pieces:
             part.write_bytes(hashlib.sha256(data).digest() + data)
             part.replace(self.folder / name)
         except OSError as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
             raise cache_error(self.folder, error) from error
         self._whole.add(name)
 
-    def made(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """The piece of this name; if there is none, ``make`` it and keep it."""
-        if name in self:
-            return self.get(name)
-        found = make()
-        self.put(name, found)
-        return found
-
     def drop(self, name: str) -> None:
-        """Delete a piece."""
+        """Delete a piece, if there is one."""
         self._whole.discard(name)
-        (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.folder / name).unlink()
 
 
 _now: ContextVar[Pieces | None] = ContextVar("pieces", default=None)
@@ -143,8 +146,30 @@ def under(module: nn.Module, digest: str) -> Iterator[None]:
 def keeping(key: str) -> Iterator[Pieces]:
     """Within this context, keep pieces, and use those of a stopped run of the same key.
 
-    Two runs of the same key at the same time share no pieces. The pieces are deleted if the block
-    succeeds, and otherwise by a later run, after a day.
+    Another run of this key that goes on at the same time does not share them. They are deleted if
+    the block succeeds, and else by a later run of another key, after a day.
+
+    Raises:
+        DestinationError: the cache cannot be written.
+    """
+    place = cache_folder() / "pieces" / key
+    with _held(place) as held:
+        _discard_stale(place.parent)
+        with nullcontext(Pieces(place)) if held else temporary_pieces() as pieces:
+            if {path.name for path in pieces.folder.iterdir()} - {_LOCK}:
+                progress.note("  continuing from the results of a stopped run")
+            token = _now.set(pieces)
+            try:
+                yield pieces
+            finally:
+                _now.reset(token)
+        if held:
+            _delete(place)
+
+
+@contextmanager
+def temporary_pieces() -> Iterator[Pieces]:
+    """Pieces that are deleted after the block, whatever happens in it.
 
     Raises:
         DestinationError: the cache cannot be written.
@@ -152,52 +177,46 @@ def keeping(key: str) -> Iterator[Pieces]:
     folder = cache_folder() / "pieces"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        discard_stale(folder, "")
-    except OSError as error:
-        raise cache_error(folder / key, error) from error
-    with _held(folder / key) as place:
-        if any(place.iterdir()):
-            progress.note("  continuing from the results of a stopped run")
-        pieces = Pieces(place)
-        token = _now.set(pieces)
-        try:
-            yield pieces
-        finally:
-            _now.reset(token)
-        shutil.rmtree(place, ignore_errors=True)
-
-
-@contextmanager
-def _held(place: Path) -> Iterator[Path]:
-    """Hold a folder until the end of the block; or a temporary one, if another process holds it."""
-    try:
-        place.mkdir(exist_ok=True)
-        descriptor = os.open(place, os.O_RDONLY)
-    except OSError as error:
-        raise cache_error(place, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        still = place.is_dir() and os.path.samestat(os.fstat(descriptor), place.stat())
-    except OSError:
-        still = False
-    try:
-        if still:
-            yield place
-        else:
-            with temporary_pieces() as own:
-                yield own.folder
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def temporary_pieces() -> Iterator[Pieces]:
-    """Pieces that are deleted after the block, whatever happens in it."""
-    folder = cache_folder() / "pieces"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
         made = tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
-        raise cache_error(folder / "x", error) from error
-    with made as name:
+        raise cache_error(folder, error) from error
+    with made as name, _held(Path(name)):
         yield Pieces(Path(name))
+
+
+@contextmanager
+def _held(place: Path) -> Iterator[bool]:
+    """Hold a folder, which only its user can read, and which is made if it is missing.
+
+    Yields whether it is held: another process may have it, or it cannot be written, or the file
+    system has no locks.
+    """
+    lock, held = None, False
+    with suppress(OSError):
+        place.mkdir(0o700, parents=True, exist_ok=True)
+        lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(lock), (place / _LOCK).stat())
+    try:
+        yield held
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _discard_stale(folder: Path) -> None:
+    """Delete the folders in which nothing was kept for a day and that no process holds."""
+    for place in folder.glob("*"):
+        with suppress(OSError):
+            if time.time() - place.stat().st_mtime > STALE:
+                with _held(place) as held:
+                    if held:
+                        _delete(place)
+
+
+def _delete(place: Path) -> None:
+    """Delete a held folder; the lock last, so that nobody finds half of the pieces."""
+    with suppress(OSError):
+        for path in sorted(place.iterdir(), key=lambda path: path.name == _LOCK):
+            path.unlink()
+        place.rmdir()

@@ -286,8 +286,12 @@ class StreamedModel:
                 course.keep(layer + 1, states, self._lengths)
 
     def _course(self, batched: Sequence[Batch], under: Sequence[Editing]) -> Course:
-        """The course of batches, each under its edit."""
+        """The course of batches, each under its edit; nothing is kept if the disk has no room for
+        the states of two layers.
+        """
         pieces, names = pieces_of(self.module), list[str]()
+        if pieces and 2 * self._states_nbytes(batched) > pieces.room():
+            pieces = None
         if pieces:
             for batch, editing in zip(batched, under, strict=True):
                 with editing():
