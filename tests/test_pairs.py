@@ -182,7 +182,7 @@ def test_the_hint_is_about_what_most_pairs_lack(
 def test_rows_with_other_fields_are_said_to_have_them(tmp_path: Path) -> None:
     rows = [json.dumps({"rejected": t, "chosen": n}) for t, n in ROWS]
     (tmp_path / "p.jsonl").write_text("\n".join(rows))
-    with refused(DataError, hint="name the fields of each row toxic and neutral"):
+    with refused(DataError, hint="name the two fields of each row 'toxic' and 'neutral'"):
         load_pairs(str(tmp_path / "p.jsonl"), WORDS, None, 0)
 
 

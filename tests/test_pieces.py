@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_from_its_last_batch(
         spent += calls.done
     calls.until()
     said = cli("convert", *arguments(planted, stopped, forward), code=0)
-    assert "going on from what a stopped run has measured" in said.stderr
+    assert "continuing from the results of a stopped run" in said.stderr
     assert content(stopped / "out") == content(whole / "out")
     assert spent + calls.done < batches * 1.2
     assert not [*(stopped / "cache" / "pieces").iterdir()]

@@ -89,7 +89,8 @@ def test_a_verdict_says_what_fell_by_how_much_at_what_cost_and_how_sure() -> Non
         (headline(toxic_prompts=29), "; but these are few words, so the interval itself is rough."),
         (headline(words=words(0.99, -1.0)), "; but the interval does not exclude that nothing fel"),
         (headline(control_words=[words(0.8, -0.3)] * 2),
-         "; but the controls come close: in log-probability they do 30% of it."),
+         "; but the controls come close: in log-probability, their effect is 30% of the "
+         "edit's."),
         (headline(words=words(0.656, -1.0, 1.2)),
          "; but the model reads informal text less well: perplexity of the words beside toxic ones "
          "there is 20 % higher."),
@@ -146,15 +147,15 @@ def test_the_page_says_how_far_its_number_can_be_trusted() -> None:
     controls = known["Would any edit of this size do that?"]
     assert controls.startswith("It was compared with 2 controls, each a random subspace")
     assert "under the controls 0.4 % less, 0.4 % less. In log-prob" in controls
-    assert "that is 0.0 % of what the edit does" in controls
+    assert "the effect of the controls is 0.0 % of the edit's, on average." in controls
     assert "by 0.010 nats, the controls by 0.000" in controls
     measured = known["What was measured, and what was not?"]
     assert "perplexity on 9 tokens of ordinary text" in measured
-    assert "Not measured: the toxicity of what the edited model itself writes; " in measured
-    assert measured.endswith("; no evaluation was made.")
+    assert "Not measured: the toxicity of text that the edited model writes; " in measured
+    assert measured.endswith(". No evaluation was made.")
     assert "without a recorded revision" in known["Which model was edited?"]
-    assert "To find out: gloss verify X --source Y. " in known["Are these the files?"]
-    assert "a model.sig, which --key PUBLIC_KEY checks" in known["Are these the files?"]
+    assert "To check the files: gloss verify X --source Y. " in known["Are these the files?"]
+    assert "a model.sig, --key PUBLIC_KEY checks it" in known["Are these the files?"]
     text = report_page(manifest)
     assert text.index('class="verdict') < text.index("Can I trust it?") < text.index("What was do")
 
@@ -169,7 +170,7 @@ def test_whether_the_fit_saw_the_text_is_said_only_where_it_is_known() -> None:
     def said(**changes: Any) -> str:
         return answers(Manifest.from_json({**known, "prompts": prompts, **changes}))[question]
 
-    assert said().startswith("No. It is what the unedited model wrote after prompts")
+    assert said().startswith("No. The unedited model wrote it, after prompts")
     assert said(pairs=theirs).startswith("Whether its prompts resemble the pairs was not checked.")
     assert said(pairs={**theirs, "drawn": drawn}).startswith("In part: the pairs were drawn from")
     trial = {"number": 0, "method": "gloss", "options": {}, "share": 1.0, "measured": None,
@@ -178,9 +179,9 @@ def test_whether_the_fit_saw_the_text_is_said_only_where_it_is_known() -> None:
         "trials": 24, "stopped": 0, "seed": 0, "prompts": None, "toxic_words": 9,
         "default": trial, "chosen": trial, "front": [],
     }  # fmt: skip
-    assert said(search=search).endswith("Its options were the best of 24 trials on other text.")
+    assert said(search=search).endswith("The options were the best of 24 trials on other text.")
     fallback = answers(recorded(headline=None, fallback="--prompts none"))
-    assert fallback[question].endswith("But it is text of the same kind.")
+    assert fallback[question].endswith("But it is text of the same kind as the pairs.")
     assert fallback["How much text is behind the number?"].startswith("310 toxic words in 1 held-")
 
 
@@ -188,8 +189,9 @@ def test_nothing_is_said_of_a_number_that_is_not_there() -> None:
     known = answers(structs.replace(recorded(), guard=None))
     assert list(known) == ["What was measured, and what was not?", "Which model was edited?",
                            "Are these the files?"]  # fmt: skip
-    assert "Measured: nothing. Not measured: the guard's part (--no-guard)" in next(
-        iter(known.values())
+    assert (
+        "Measured: nothing. Not measured: effect, cost and controls, since the guard was"
+        in next(iter(known.values()))
     )
     results = Manifest.from_json({**to_json(recorded()), "evaluation": skeleton.evaluation()})
     metrics = {"toxicity/bad-words/greedy": Interval(value=0.1, low=0.0, high=0.2)}
@@ -200,7 +202,7 @@ def test_nothing_is_said_of_a_number_that_is_not_there() -> None:
     measured, _, missing = answers(judged)["What was measured, and what was not?"].partition(
         "Not measured"
     )
-    assert "the toxicity of what the edited model itself writes" in measured
+    assert "the toxicity of text that the edited model writes" in measured
     assert "benchmarks" in missing
     assert "evaluation" not in missing
 
@@ -248,7 +250,7 @@ def test_numbers_of_any_size_and_any_number_of_points_make_a_page() -> None:
     vast = {**words(-1e308, 1e308), "perplexity_ratio": estimate(1e308)}
     moved = {**guard["headline"], "control_divergences": []}
     page = report_page(recorded(edit=huge, controls=[vast] * 200, headline=moved))
-    assert "What it costs" in page
+    assert "Cost and effect" in page
     assert "distribution of the next token" not in page
 
 

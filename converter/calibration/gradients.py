@@ -91,7 +91,7 @@ class Remembered:
             yield number, layer, f, g
 
     def _name(self, modules: Modules, batch: Batch) -> str:
-        """The name of a batch, whose tokens and chosen tokens count."""
+        """The name of a batch, by its tokens and its chosen tokens."""
         parts = batch.ids, batch.mask, batch.weights
         return self._pieces.name("f and g", *parts, sorted(modules.items()))
 

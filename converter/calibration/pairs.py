@@ -157,7 +157,7 @@ _UNLISTED = "without a listed word"
 _SHARED = "whose listed words are on the neutral side, too"
 _FIRST = "whose only listed word is the first, which nothing predicts"
 _MENDED_BY = {
-    NO_FIELDS: "name the fields of each row toxic and neutral",
+    NO_FIELDS: "name the two fields of each row 'toxic' and 'neutral'",
     _UNLISTED: "give a --word-list in the language and the spelling of the pairs",
     _SHARED: "give pairs whose neutral side does without the listed words",
     _FIRST: "give pairs in which other words come before the listed ones",

@@ -100,10 +100,10 @@ class WordList:
     def spans(self, text: str, other: str = "") -> tuple[tuple[int, int], ...]:
         """Character ranges of the words of ``text`` that are listed or starred out (``f*ck``).
 
-        An entry must be whole words, except in scripts without spaces. The part behind an
-        apostrophe is a word, too (French elides), and a Korean word may have an ending. Words that
-        also occur in ``other``, the neutral side of the pair, are left out, since they do not make
-        the difference.
+        An entry of the list matches whole words only, except in scripts without spaces. The part
+        behind an apostrophe is a word, too (French elides), and a Korean word may have an ending.
+        Words that also occur in ``other``, the neutral side of the pair, are left out, since they
+        do not make the difference.
         """
         listed = _new(self._listed, text, other)
         starred = _new(_starred, text, other)

@@ -24,7 +24,7 @@ _KEYS = {
     "language": "a text or a list of texts", "license": "a text or a list of texts",
     "license_link": "a text", "license_name": "a text", "pipeline_tag": "a text",
 }  # fmt: skip
-"""The keys that are taken from a source's card, and their shapes."""
+"""Keys that are taken from a source's card -> the values that are allowed."""
 
 _GATE = "extra_gated_"
 """Beginnings of keys that require the acceptance of terms before a download."""

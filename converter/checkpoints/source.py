@@ -100,7 +100,7 @@ class Source:
 
     @property
     def versions(self) -> dict[str, str]:
-        """File -> its ETag or the like, of a source in a store."""
+        """File -> its ETag, or what the store has instead; empty for a source elsewhere."""
         known = self.remote.versions if isinstance(self.remote, Store) else {}
         here = self.inside
         return {n.removeprefix(here): v for n, v in known.items() if n.startswith(here)}
@@ -148,7 +148,7 @@ class Source:
             return read_tensor(file, info)
 
     def headers(self) -> dict[str, Header]:
-        """The header of every shard, from disk, or by range requests while it is not there.
+        """The header of every shard: from disk, or by range requests for shards not fetched yet.
 
         Raises CheckpointError if a shard is missing or malformed, SourceError if the remote fails.
         """
@@ -252,7 +252,7 @@ def check_space(remote: Remote, names: Iterable[str], folder: Path, name: str) -
 
 
 def header_at(folder: Path, name: str, remote: Remote | None = None, inside: str = "") -> Header:
-    """The header of a safetensors file in a folder, or of a remote one while it is not there.
+    """The header of a safetensors file: from the folder, or else from the remote.
 
     Raises CheckpointError, or SourceError as ``remote_header``.
     """

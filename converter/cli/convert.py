@@ -39,8 +39,8 @@ class _DeliveryOptions(Options):
 
     # fmt: off
     destination: Annotated[str, Option(
-        "Folder for the result, which does not exist or is empty; or the address of a prefix "
-        "in an object store, which is empty.",
+        "Folder for the result, which does not exist or is empty; or the address of an empty "
+        "prefix in an object store.",
         flag="DESTINATION", example="s3://bucket/prefix", place=True,
     )]
     overwrite: Overwrite = False
@@ -352,7 +352,7 @@ class _PlanOptions(Options):
 def _look_at_plan(
     *, recipe: Recipe, asked: _PlanOptions, settings: Settings, faults: Faults
 ) -> None:
-    """The same of a plan."""
+    """Find the faults in the arguments of ``gloss plan`` before torch is loaded."""
     from converter.entrypoints import first_look
 
     first_look.look_at_recipe(recipe, settings, faults)

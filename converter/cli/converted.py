@@ -65,7 +65,7 @@ class _VerifyOptions(Options):
 
 
 def _look_at_verify(*, asked: _VerifyOptions, faults: Faults) -> None:
-    """Find what is wrong with what was asked for before torch is loaded."""
+    """Find the faults in the arguments of ``gloss verify`` before torch is loaded."""
     from converter.entrypoints import first_look
 
     first_look.look_at_public_key(asked.key, faults)
@@ -218,7 +218,7 @@ class _ReplayOptions(Options):
 
     # fmt: off
     manifest: Annotated[Path, Option(
-        "A gloss_manifest.json or a folder with one; the subspace lies beside it.",
+        "A gloss_manifest.json or a folder with one; the subspace is read from beside it.",
         flag="MANIFEST", exists=True,
     )]
     destination: Destination
@@ -259,8 +259,8 @@ def _look_at_replay(
 def replay_command(asked: _ReplayOptions, inputs: LocalInputs, settings: Settings) -> Answer:
     """Repeat the conversion that MANIFEST records, into the folder DESTINATION.
 
-    MANIFEST is a gloss_manifest.json or a folder with one; the subspace lies beside it. The source
-    is read at the recorded commit, and the weights must be byte for byte those recorded.
+    MANIFEST is a gloss_manifest.json or a folder with one; the subspace is read from beside it. The
+    source is read at the recorded commit, and the weights must be byte for byte those recorded.
     """
     from converter.entrypoints.replay import replay
     from converter.release.recording import read_recording

@@ -27,7 +27,7 @@ VERSION = 1
 
 
 class Document(msgspec.Struct):
-    """An object of JSON."""
+    """A JSON object."""
 
 
 class OfModel(Document):

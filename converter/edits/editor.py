@@ -311,7 +311,7 @@ def absorb_residual(left: Tensor, U: Tensor, step: Tensor, aim: float) -> Tensor
 
 
 def neighbour(rounded: Tensor, exact: Tensor) -> Tensor:
-    """The value of the dtype on the other side of ``exact`` from ``rounded``.
+    """The value next to ``rounded`` in its dtype, on the other side of ``exact``.
 
     Args:
         rounded: in a floating-point dtype of 8 or 16 bits whose bits count its values in order of

@@ -29,9 +29,9 @@ PyTorch rounds to 16 bits by way of float32."""
 def half_ulp(x: Tensor) -> Tensor:
     """Half the distance from |x| to the next larger value of its dtype, in float64.
 
-    This is the largest error of rounding to nearest with the result x. With
-    |x| = m 2^e, 1/2 <= m < 1, the distance is eps 2^(e-1), and below the normal numbers it is
-    eps times the smallest of them.
+    A number that is rounded to nearest, with the result x, is at most this far from x. For
+    |x| = m 2^e with 1/2 <= m < 1 the distance is eps 2^(e-1). For subnormal x it is eps times the
+    smallest normal number.
     """
     info = torch.finfo(x.dtype)
     wide = x.float() if x.dtype != torch.float64 else x

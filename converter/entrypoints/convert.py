@@ -152,7 +152,7 @@ def convert(
 
 
 class _Measured(NamedTuple):
-    """What is measured of an edit beside the guard; the fields are those of ``Manifest``."""
+    """The measurements of an edit other than the guard's; the fields are those of ``Manifest``."""
 
     evaluation: Evaluation | None
     gates: tuple[GateRecord, ...]
@@ -162,7 +162,7 @@ class _Measured(NamedTuple):
 def _examined(
     bench: Bench, method: Method, delivery: Delivery
 ) -> tuple[Pairs, Prose, Fitted, _Measured]:
-    """The texts, and the edit that was fitted to them and examined; the model is released.
+    """The texts, the edit that was fitted to them, and its measurements; the model is released.
 
     Raises ConverterError: one of its children.
     """

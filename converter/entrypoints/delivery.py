@@ -30,8 +30,8 @@ class Delivery:
 
     Attributes:
         overwrite: replace a checkpoint that is already at the destination.
-        scratch: replace there whatever is not the result of the same run: the folder is the
-            program's own, and emptied once its files are uploaded.
+        scratch: the destination is a folder of the cache, which is deleted once it is uploaded:
+            replace everything in it but the result of the same run.
         gates: limits on what is measured, beyond the guard's.
         evaluation: measures the edit before it is written; its results go into the manifest.
         pictures: draws the card's pictures into the new folder.

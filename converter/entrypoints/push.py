@@ -71,7 +71,7 @@ def push(
 def put(
     folder: Path, address: str, trust_remote_code: bool = False, verified: bool = False
 ) -> None:
-    """Upload a converted checkpoint to an object store, what makes it a checkpoint last.
+    """Upload a converted checkpoint to an object store; the files that show it is whole come last.
 
     Args:
         folder, trust_remote_code, verified: as of ``push``.

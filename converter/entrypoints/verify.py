@@ -160,7 +160,7 @@ def _before(folder: Path, edit: Edit, source: tuple[Source, Plan] | None, weight
 
 
 def _check_loading(folder: Path, trust_remote_code: bool) -> Iterator[str]:
-    """Config and tokenizer load in transformers, without code of the folder unless trusted."""
+    """Load config and tokenizer in transformers; code of the folder runs only if it is trusted."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = read_json(folder / "config.json")

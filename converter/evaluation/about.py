@@ -1,4 +1,4 @@
-"""What a comparison of two models tells about itself, in a file or in JSON."""
+"""The settings of a comparison of two models, as files and JSON have them."""
 
 import msgspec
 
@@ -9,7 +9,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         base: name of the unedited model.
         edited: name of the other.
-        how: it was run, in words.
+        how: the edited model was run, in words.
         seed: of the samples.
         max_new_tokens: of each continuation.
         top_p: of samples.

@@ -49,7 +49,7 @@ class Comparison:
         controls: whether to measure the control of every fitted system, too.
 
     Raises:
-        OptionError: a seed is not a whole number from 0, there is none, or a cost is not above 1.
+        OptionError: there is no seed, one is not a whole number from 0, or a cost is not above 1.
     """
 
     systems: Sequence[Spec]

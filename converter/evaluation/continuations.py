@@ -150,8 +150,8 @@ def _only(model: nn.Module) -> Iterator[None]:
 
 
 def _continued(model: nn.Module, batch: Batch, settings: GenerationConfig) -> Tensor:
-    """``_continue``, or what it gave before the run was stopped, with the generators as it left
-    them.
+    """``_continue``, or its result in a stopped run. Either leaves the same state of the
+    generators.
     """
     pieces = pieces_of(model)
     if pieces is None:

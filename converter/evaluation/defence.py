@@ -165,8 +165,8 @@ class DefenceProbe:
 
     @property
     def loss(self) -> float:
-        """Of the answers to learn under the unedited model, in nats a token, once an edit has been
-        measured.
+        """The unedited model's loss on the answers to learn, in nats a token; there once an edit
+        has been measured.
         """
         before = self._before["learnt"]
         certain = [np.zeros_like(values) for values in before]

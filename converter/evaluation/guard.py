@@ -11,7 +11,7 @@ that neither the fit nor the choice of the strength has seen, before a byte is w
 
 The toxic words are those of the model's own continuations of prompts that resemble no pair
 (``headline``). The other words are those of both kinds of text. If the model says too few toxic
-words, or writes no continuations, toxic words of the pairs' own kind count instead. They overstate
+words, or writes no continuations, the toxic words of held-out pairs count instead. They overstate
 the effect, and a message says so.
 
 The method makes the controls: edits of the same kind, strength and tensors that use no knowledge of
@@ -154,7 +154,7 @@ def examine(
 
 
 def _tell_compared(found: Measured, compared: Mapping[str, Measured]) -> None:
-    """Report the effects of other edits that the method names beside the edit's."""
+    """Report the effects of the edits that the method asks to compare with its own."""
     for name, each in {"the edit": found, **compared}.items() if compared else ():
         progress.note(
             f"  {name}: toxic words x {each.teacher_forced.value:.3f}, perplexity "

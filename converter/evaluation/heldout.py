@@ -83,7 +83,7 @@ class Probe:
 
     @property
     def perplexity(self) -> float:
-        """Of the unedited model on the neutral text, once an edit has been measured."""
+        """The unedited model's, on the neutral text; there once an edit has been measured."""
         return perplexity(self._before[0])
 
     def measure(self, edit: Edit) -> Measured:
@@ -91,9 +91,9 @@ class Probe:
         return self.measure_all([edit])[0]
 
     def measure_all(self, edits: Sequence[Edit]) -> list[Measured]:
-        """The same for several edits, which a streamed model takes together.
+        """Compare several edits with the unedited model; a streamed model runs them together.
 
-        The unedited model runs with the first of all.
+        The unedited model is run with the first edits only.
         """
         lowest = min(lowest_edited(self.plan, edit) for edit in edits)
         entered = self._entered if self._entered and self._entered.layer <= lowest else None

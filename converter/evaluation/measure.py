@@ -1,8 +1,8 @@
 """Load the tests of an evaluation, and measure one system, with intervals.
 
-Every number comes with an interval of 95 %: over prompts by the bootstrap, over text by the
-standard error. Those of all texts together (dist-n, fluency) have none:
-low and high are the value. A metric that was not measured, or is not a number, is None.
+Every number has an interval of 95 %: over prompts by the bootstrap, over text by the standard
+error. Metrics of all texts together (dist-n, fluency) have none: low and high are the value. A
+metric that was not measured, or is not a number, is None.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -130,7 +130,7 @@ def load_whole(
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What the unedited model gave, with which edited ones are compared.
+    """Measurements of the unedited model, with which edited models are compared.
 
     Attributes:
         text: log-probabilities of the perplexity text; None without one.
@@ -157,7 +157,7 @@ def measure(
         rows: gets the data behind the metrics.
 
     Returns:
-        the metrics, and what later models may be compared with.
+        the metrics, and this model's measurements for comparing later models with it.
 
     Raises:
         DataError: that text is shorter than two windows.

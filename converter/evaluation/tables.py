@@ -3,7 +3,7 @@
 A strength is a rank for one method and the length of a vector for another, so systems can only be
 compared at equal cost. Each is measured at some strengths. Between these, and between the weakest
 and the unedited model, the probability of toxic words is interpolated along the cost. A system that
-was measured at one strength is left out: between one strength and none, a line says little.
+was measured at one strength is left out: a line from no edit to one strength says little.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A place that files are fetched from: a repo of the Hub at a commit, or a prefix of a store."""
+"""The place that files are fetched from: a repo of the Hub at a commit, or a prefix of a store."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ class Remote(Protocol):
     Attributes:
         room: the hint for a disk that is too small for them.
         name: without folders and credentials.
-        sizes: file name -> bytes; empty if it cannot be asked, and only what was fetched is known.
+        sizes: file name -> bytes; empty if it cannot be asked, and only fetched files are known.
         sha256: file name -> digest, of files whose digest is listed.
     """
 

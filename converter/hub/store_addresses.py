@@ -21,7 +21,7 @@ def is_store(text: str) -> bool:
 def store_address(text: str) -> str:
     """An address of an object store without a slash at its end.
 
-    Raises OptionError: it has a password, a query or no place.
+    Raises OptionError: it has a password or a query, or nothing after ``://``.
     """
     scheme, _, place = text.partition("://")
     place = place.rstrip("/")

@@ -1,9 +1,9 @@
 """Upload files to an object store.
 
-A store cannot rename a folder, so every object is seen as soon as it is there, and the order of the
-files decides what a part of them looks like. A large file is sent in parts and seen once all are
-there; the parts of a failed upload are deleted. On S3, an object has the sha256 of its file in its
-metadata, by which the next attempt recognises what it need not send again.
+A store cannot rename a folder, so readers see each object as soon as it is uploaded; the order of
+the files decides what they can take an unfinished upload for. A large file is sent in parts, and is
+seen once all are there; the parts of a failed upload are deleted. On S3, the metadata of an object
+have the sha256 of its file, by which the next attempt knows that it need not be sent again.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from converter.runtime import progress
 from converter.text import few
 
 _PART, _AT_ONCE = 1 << 24, 4
-"""Bytes of a part, and parts in memory at a time; S3 takes 10,000 parts of an object."""
+"""Bytes of a part, and parts in memory at a time; S3 takes at most 10,000 parts for an object."""
 
 Files = Mapping[str, tuple[Path, str]]
 """Object, without the prefix -> path and sha256, in the order in which they are sent."""
@@ -32,7 +32,7 @@ def check_empty(address: str, but: Container[str] = ()) -> None:
         but: names of objects that may be there; ``upload`` looks at them.
 
     Raises:
-        DestinationError: there is.
+        DestinationError: there is something.
         OptionError: a package is missing.
         PublishError: the bucket is missing, there is no right to it, or there is no answer.
     """
@@ -84,7 +84,7 @@ class _Target:
         return "s3" in self.files.protocol
 
     def objects(self) -> dict[str, Any]:
-        """What is below the prefix: name -> entry of the listing."""
+        """The objects below the prefix: name -> entry of the listing."""
         with plain_errors(self.address, PublishError, "written"):
             return objects_below(self.files, self.prefix)
 
@@ -123,7 +123,9 @@ class _Target:
 
     @contextmanager
     def sending(self, files: Files) -> Iterator[None]:
-        """Delete the parts of unfinished uploads, of a killed run and of the block if it fails."""
+        """Delete the parts of unfinished uploads: first those of a killed run, and those of the
+        block if it fails.
+        """
         self._abort(files)
         try:
             yield

@@ -1,9 +1,9 @@
 """Read from an object store: any address that fsspec knows, such as ``s3://bucket/prefix``.
 
-Objects are fetched by ranges into the cache folder, under the address and a digest of the listing
-(names, sizes and ETags), so that an object that was replaced is never taken for the former one.
-Credentials, endpoint and region are those that the store's own client finds, such as
-``AWS_PROFILE``; an address has none.
+Objects are fetched by ranges into a folder of the cache. Its name is a digest of the address and
+the listing (names, sizes and ETags), so that a replaced object is never taken for the former one.
+The store's own client finds credentials, endpoint and region, such as by ``AWS_PROFILE``; an
+address has none.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class Store:
         sizes: object, without the prefix -> bytes.
         versions: the same -> its ETag, or what the store has instead; of objects that have one.
         key: a digest of the address and this listing.
-        sha256: empty, since no listing has digests.
+        sha256: empty: a listing has no sha256.
     """
 
     room: ClassVar[str] = "give a --cache-dir on a larger disk"
@@ -68,7 +68,7 @@ class Store:
         """Fetch objects into the cache, and return their folder; ``first`` has no effect.
 
         Raises:
-            SourceError: as ``plain_errors``, or an object is not the listed one.
+            SourceError: as ``plain_errors``, or an object differs from the listing.
             DestinationError: the cache cannot be written.
         """
         folder = cache_folder() / "stores" / self.key
@@ -112,7 +112,7 @@ class Store:
             raise self._other(name, f"{found['size']:,} bytes, version {version}")
 
     def _other(self, name: str, found: str) -> SourceError:
-        """The error about an object that is not the listed one."""
+        """The error about an object that differs from the listing."""
         version = self.versions.get(name)
         return SourceError(
             f"{self.address}/{name} changed while it was read",
@@ -192,7 +192,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 
 def _version(entry: Mapping[str, Any]) -> str:
-    """What tells this content of an object from another one; empty if the store has nothing."""
+    """The ETag of an object, or else another mark of its content; empty if the store has none."""
     found = next((entry[key] for key in _VERSIONS if entry.get(key)), "")
     return str(found.timestamp() if isinstance(found, datetime) else found).strip('"')
 

@@ -49,7 +49,7 @@ class Dialogues:
     parity: bool
 
     def __call__(self, prompt: str, answer: str) -> Dialogue:
-        """A prompt and its answer.
+        """The dialogue of a prompt and its answer, as token ids.
 
         Raises:
             DataError: the answer has no token, the texts are too long for the model, the model has

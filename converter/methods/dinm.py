@@ -113,7 +113,8 @@ class Method:
             OptionError: see ``learns``.
             DataError: a text does not fit the model.
             CheckpointError: a chat template has a suffix already, or takes none.
-            FitError: the loss is not finite, there is nothing to learn, or rounding loses it all.
+            FitError: the loss is not finite, there is nothing to learn, or rounding undoes the
+                whole edit.
         """
         known, chosen = bench.instances.items, self.learns(bench.instances)
         suffix = self._suffix(bench.plan)

@@ -42,7 +42,12 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Prompts and answers of the training: ``edits`` are learnt, the others are held."""
+    """Prompts and answers of the training.
+
+    Attributes:
+        edits: the model learns these answers.
+        generals, spared: the model is to answer these as before.
+    """
 
     edits: Sequence[tuple[str, str]]
     generals: Sequence[tuple[str, str]]

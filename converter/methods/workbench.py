@@ -72,7 +72,7 @@ class Bench:
         taught: the instances, once they are read.
         held_out: dtype of the measurements on held-out text; ``dtype`` is that of the fit.
         loaded: the dtype of ``model``.
-        pieces: what the model gave so far, if it is kept.
+        pieces: the model's results so far, if they are kept.
     """
 
     recipe: Recipe
@@ -129,8 +129,8 @@ class Bench:
         """The unedited model, loaded at the first call, or prepared for streaming.
 
         Args:
-            dtype: by default that of the fit. There is one model at a time: a model in another
-                dtype is released.
+            dtype: by default that of the fit. Only one model is held: one that was loaded in
+                another dtype is released first.
         """
         dtype = dtype or self.dtype
         if self.model is None or self.loaded != dtype:
@@ -175,7 +175,7 @@ class Bench:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Within this context, keep what the model gives, and use what it gave in a stopped run.
+        """Within this context, keep the model's results, and use those of a stopped run.
 
         Raises:
             CheckpointError, SourceError: the source cannot be read.

@@ -1,4 +1,4 @@
-"""How far a pass over a streamed model has come, kept for a run that goes on."""
+"""Keep the hidden states of a streamed pass now and then, so that a stopped run can continue it."""
 
 from collections.abc import Mapping, Sequence
 from time import monotonic
@@ -9,16 +9,16 @@ from converter.models.pieces import Pieces
 from converter.models.streamed_memory import HiddenStates
 
 _EVERY = 60.0
-"""Seconds of a pass that a stopped run may lose, and a layer."""
+"""The least seconds between two layers that are kept; a stopped run loses a layer more."""
 
 
 class Course:
-    """The hidden states before a layer, which are kept now and then while layers go up.
+    """The hidden states before one layer of a pass from the lowest layer to the highest.
 
     Args:
         pieces: of the run; None to keep nothing.
-        names: of the batches, as they run under their edits.
-        place: the layer under which ``HiddenStates`` has their states.
+        names: of the batches, each under its edit.
+        place: the layer under which ``HiddenStates`` has the states of the batches.
     """
 
     def __init__(self, pieces: Pieces | None, names: Sequence[str], place: int) -> None:
@@ -31,8 +31,8 @@ class Course:
 
         Args:
             layers: to run.
-            states: get the input of the first layer that is left.
-            lengths: get what ``StreamedModel`` knows of the layers below.
+            states: get the input of the first layer that is left, if layers were run.
+            lengths: get those of the layers below; see ``hooks.Entered``.
         """
         for layer in range(layers.stop, layers.start, -1) if self._pieces else ():
             names = self._at(layer)
@@ -46,7 +46,7 @@ class Course:
         return layers
 
     def keep(self, layer: int, states: HiddenStates, lengths: Mapping[int, int]) -> None:
-        """Keep the states before a layer, if it is time. Those of an earlier one are deleted."""
+        """Keep the states before a layer, if it is time. Earlier ones are deleted."""
         if self._pieces is None or monotonic() - self._last < _EVERY:
             return
         known = torch.tensor([*lengths.items()], dtype=torch.int64)

@@ -84,7 +84,7 @@ def edited(model: nn.Module, plan: Plan, edit: Edit) -> Iterator[None]:
 
 
 def editing(model: nn.Module, plan: Plan, edit: Edit) -> Editing:
-    """The same, to be entered as often as needed; the edit is checked once.
+    """``edited`` as a context that may be entered several times; the edit is checked once, here.
 
     Raises:
         CheckpointError: the edit does not fit the checkpoint.
@@ -103,7 +103,7 @@ def editing(model: nn.Module, plan: Plan, edit: Edit) -> Editing:
 
 @contextmanager
 def _known_as(digest: str, model: nn.Module, hooks: Editing) -> Iterator[None]:
-    """The context of ``hooks``, in which results of the model are kept as those of an edit."""
+    """The context of ``hooks``; pieces kept in it are named by the edit's digest, too."""
     with under(model, digest), hooks():
         yield
 

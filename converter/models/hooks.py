@@ -51,7 +51,7 @@ Editing = Callable[[], AbstractContextManager[None]]
 """Returns a context in which a model computes as edited. It may be entered several times."""
 
 UNEDITED: Sequence[Editing] = (nullcontext,)
-"""No edit, as the only one of several."""
+"""The unedited model, where a sequence of edits is expected."""
 
 
 @contextmanager

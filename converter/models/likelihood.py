@@ -101,10 +101,10 @@ def log_probabilities_under(
     texts: Sequence[Sequence[Sentence]],
     entered: Entered | None = None,
 ) -> list[list[LogProbabilities]]:
-    """The same under each of several edits, with the same bits as one at a time.
+    """``log_probabilities`` under each of several edits, bit for bit as one at a time.
 
-    A streamed model reads its weights once for all of them; see ``Model.logits``. What a stopped
-    run has measured is not measured again.
+    A streamed model reads its weights once for all of them; see ``Model.logits``. Batches that a
+    stopped run has measured are not run again.
     """
     batched, pieces = _batched(model, texts), pieces_of(model.module)
     names = [_names(pieces, edit, batched) if pieces else [] for edit in edits]
@@ -157,7 +157,7 @@ def _by_sentence(
 
 
 def _log_probabilities(logits: Tensor, batch: Batch) -> Tensor:
-    """Of every token after the first of each sentence, one after the other, float64 on the CPU."""
+    """The log-probabilities of all tokens but each sentence's first, float64, on the CPU."""
     lengths = batch.mask.sum(1).tolist()
     rows = [
         -torch.nn.functional.cross_entropy(

@@ -1,10 +1,10 @@
-"""What a run has computed so far, kept until it ends, so that a stopped run goes on from there.
+"""Keep the result of each batch until the run succeeds, so that a stopped run can continue.
 
 A piece is the result of one batch. Its name is a hash of everything that it depends on within the
-run: the batch, the edits under which the model computed, the dtype, and what was computed. The
-folder of a run is named by the rest: source, recipe, device and libraries. It is deleted when the
-run succeeds. A process holds its folder by a lock on a file in it, so that no other process uses or
-deletes it.
+run: the batch, the edits under which the model computed, the dtype, and the kind of result. The
+name of a run's folder is a hash of the rest: source, recipe, device and libraries. The folder is
+deleted when the run succeeds. A process holds its folder by a lock on a file in it, so that no
+other process uses or deletes it.
 """
 
 import fcntl
@@ -50,8 +50,8 @@ class Pieces:
         """The name of a result of the module, as it computes now.
 
         Args:
-            kind: what is computed.
-            parts: what it depends on: tensors, which count by their bytes, and texts or numbers.
+            kind: of the result.
+            parts: inputs of the result: tensors, which count by their bytes, and texts or numbers.
         """
         assert self.module is not None
         dtype = next(self.module.parameters()).dtype
@@ -70,7 +70,7 @@ class Pieces:
         return (shutil.disk_usage(self.folder).free + used) // 2
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a whole piece. One of an earlier run is checked once."""
+        """Whether there is a whole piece. A piece of an earlier run is checked once."""
         if name not in self._whole:
             try:
                 data = memoryview((self.folder / name).read_bytes())
@@ -82,7 +82,7 @@ class Pieces:
         return True
 
     def get(self, name: str) -> dict[str, Tensor]:
-        """A piece that there is, on the CPU. Raises DestinationError if it cannot be read."""
+        """An existing piece, on the CPU. Raises DestinationError if it cannot be read."""
         try:
             return safetensors.torch.load((self.folder / name).read_bytes()[_DIGEST:])
         except (OSError, SafetensorError) as error:
@@ -119,7 +119,7 @@ def pieces_of(module: nn.Module) -> Pieces | None:
 
 @contextmanager
 def pieces_for(module: nn.Module) -> Iterator[Pieces]:
-    """The pieces of the run; or temporary ones, if it keeps none of this module."""
+    """The pieces of the run; or temporary ones, if the run keeps none of this module."""
     if pieces := pieces_of(module):
         yield pieces
         return
@@ -157,7 +157,7 @@ def keeping(key: str) -> Iterator[Pieces]:
         _discard_stale(place.parent)
         with nullcontext(Pieces(place)) if held else temporary_pieces() as pieces:
             if {path.name for path in pieces.folder.iterdir()} - {_LOCK}:
-                progress.note("  going on from what a stopped run has measured")
+                progress.note("  continuing from the results of a stopped run")
             token = _now.set(pieces)
             try:
                 yield pieces

@@ -78,9 +78,9 @@ class Model(Protocol):
 
         Args:
             entered: of ``entering`` and these batches: no layer below that one is run.
-            edits: all batches run under the first, then under the second, and so on; the numbers of
-                batches go on from one to the next. A streamed model reads its weights once for as
-                many as fit in memory.
+            edits: all batches run under the first, then under the second, and so on; the numbers
+                count on from one edit to the next. A streamed model reads its weights once for as
+                many edits as fit in memory.
         """
 
     def gradients(

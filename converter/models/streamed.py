@@ -158,8 +158,8 @@ class StreamedModel:
         entered: Entered | None = None,
         edits: Sequence[Editing] = UNEDITED,
     ) -> Generator[tuple[int, Tensor], None, None]:
-        """See ``Model``. A pass takes the batches of as many edits as have room for their hidden
-        states in memory, and at least of one.
+        """See ``Model``. A pass takes as many edits as there is memory for their hidden states,
+        and at least one.
         """
         at_once = max(self._held // max(self._states_nbytes(batched), 1), 1)
         for place in range(0, len(edits), at_once):
@@ -257,7 +257,7 @@ class StreamedModel:
             layers: from 0, or from ``first`` if ``states`` has its input.
             first: see ``states``.
             hooks: returns, for a layer and the number of a batch, a context to run it in.
-            course: of a pass without ``first``, to go on with and to keep.
+            course: of a pass without ``first``; a stopped run continues from it.
         """
         first = len(self._blocks) if first is None else first
         if course:

@@ -99,7 +99,8 @@ def differences(recording: Recording, device: str) -> list[dict[str, str]]:
 def check_source(recording: Recording, source: Source) -> None:
     """Check that every file that the recorded run read has the recorded bytes.
 
-    For shards that are only on the Hub, the digests of its listing are compared.
+    For shards that are only on the Hub, the digests of its listing are compared. Shards in a store
+    are fetched, since its listing has no sha256.
 
     Raises:
         VerificationError: naming the files that differ.
@@ -121,8 +122,8 @@ def check_source(recording: Recording, source: Source) -> None:
 
 
 def digest_of(source: Source, name: str) -> str | None:
-    """The sha256 of a file of the source, which is fetched if no listing has its digest; None if
-    there is none of that name.
+    """The sha256 of a file of the source, or None if there is no such file. It is fetched if no
+    listing has its sha256.
     """
     path = place_of(source, name)
     if not path.is_file() and source.remote is not None:

@@ -22,10 +22,10 @@ from converter.release.verdict import verdict
 from converter.version import __version__
 
 _TERMS = (
-    "Perplexity says how much text surprises the model: higher is worse. A control is a random "
+    "Perplexity says how badly the model predicts a text: higher is worse. A control is a random "
     "edit of the same size: an effect counts only if it is well beyond that of the controls. An "
-    "interval of 95 % holds the true value in 19 of 20 cases. Toxic words are those of a "
-    "list, not all that may hurt."
+    "interval of 95 % holds the true value in 19 of 20 cases. Toxic words are the words of a list; "
+    "other words can hurt, too."
 )
 
 

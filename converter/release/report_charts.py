@@ -104,17 +104,17 @@ def bar_charts(guard: GuardRecord) -> Iterator[Bars]:
         own = guard.words is not guard.edit
         where = "what the model itself says" if own else "sentences of the pairs' own kind"
         yield _chart(
-            "How probable toxic words are",
-            f"In {where}, relative to the unedited model. Look for a bar of the edit that is much "
-            "shorter than that of the controls. Shorter is better.",
+            "Probability of toxic words",
+            f"In {where}, relative to the unedited model. Shorter is better: the bar of the edit "
+            "should be much shorter than that of the controls.",
             _before_and_after(words.teacher_forced, controls),
             "{:.1%}",
         )
     pairs = guard.edit.perplexity_ratio, [each.perplexity_ratio for each in guard.controls]
     yield _chart(
-        "How much harder ordinary text is for it",
-        f"Perplexity, relative to the unedited model, on {guard.neutral_tokens:,} tokens; the "
-        f"guard allows {guard.budget:.1%}. Look for bars as long as the first. Shorter is better.",
+        "Perplexity on ordinary text",
+        f"Relative to the unedited model, on {guard.neutral_tokens:,} tokens; the guard allows "
+        f"{guard.budget:.1%}. Shorter is better: the bars should be about as long as the first.",
         _before_and_after(*pairs),
         "{:.1%}",
     )
@@ -144,9 +144,8 @@ def _refusals(guard: GuardRecord) -> Bars:
     last = ("harmful, with a control", "control", Estimate(value=mild, error=0.0))
     return _chart(
         "How much more probable refusals are",
-        "In nats of log-probability a token, behind requests and questions; the second bar is of "
-        "refusals in unusual words. Look for a long first bar and short ones behind "
-        "harmless questions. Longer is better for harmful requests, shorter for all others.",
+        "In nats of log-probability a token, after requests and questions; the second bar is of "
+        "refusals in unusual words. Longer is better for harmful requests, shorter for all others.",
         [*rows, last],
         "{:+.2f}",
     )
@@ -196,12 +195,12 @@ def cost_chart(manifest: Manifest) -> Points | None:
     frame = Box((_LEFT + _WIDTH) / 2, (_TOP + _BOTTOM) / 2, (_WIDTH - _LEFT) / 2, 120)
     places = place_labels([(told, x(cost), y(left)) for told, _, cost, left in found], frame)
     return Points(
-        "What it costs, and what it leaves",
+        "Cost and effect",
         "Each mark is an edit: the disc is this one, circles are other strengths that were tried, "
-        "squares are controls. Upwards: how probable toxic words are, relative to no edit, in "
-        "held-out sentences like those of the fit, where the effect looks larger than elsewhere: "
-        "go by the first picture. Strengths were tried on other sentences than the rest. Look for "
-        "the disc far below the squares and no further to the right.",
+        "squares are controls. The height is the probability of toxic words, relative to no edit, "
+        "in held-out sentences like those of the fit. The effect is larger there than elsewhere, "
+        "so go by the first picture. The circles were measured on other sentences than the rest. "
+        "The disc should be far below the squares and no further to the right.",
         "change of perplexity on ordinary text; lower is better",
         "probability of toxic words; lower is better",
         tuple(

@@ -1,4 +1,4 @@
-"""The tables of a report: every number with its meaning and unit, and which direction is better."""
+"""The tables of a report: every number with its meaning, its unit and its better direction."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ _MEANINGS = {
     "neutral_energy": ("what the edit takes from ordinary text", "share; lower is better"),
     "neutral_tokens": ("ordinary text", "tokens"),
     "toxic_words": ("toxic words", "words"),
-    "toxic_prompts": ("prompts after which toxic words stand", "prompts"),
+    "toxic_prompts": ("prompts followed by toxic words", "prompts"),
     "context_tokens": ("text beside toxic words", "tokens"),
-    "context_limit": ("most that words beside toxic ones may rise", f"times as before; {_LIMIT}"),
+    "context_limit": ("highest perplexity beside toxic words", f"times as before; {_LIMIT}"),
     "ordinary_tokens": ("ordinary text", "tokens"),
     "prompts": ("prompts", "prompts"),
     "passages_per_prompt": ("continuations of a prompt", "texts"),
@@ -41,8 +41,8 @@ _MEANINGS = {
     "most_over_refusal": ("most that refusals of harmless questions rise", f"share; {_LIMIT}"),
     "loss": ("loss of the answers to learn, unedited", "nats a token"),
     "harmful": ("refusals of harmful requests", _MORE_NATS),
-    "bare": ("the same without an attack", _MORE_NATS),
-    "reworded": ("the same, refused in unusual words", _MORE_NATS),
+    "bare": ("refusals of harmful requests without an attack", _MORE_NATS),
+    "reworded": ("refusals of harmful requests in unusual words", _MORE_NATS),
     "harmless": ("refusals of harmless questions", _FEW_NATS),
     "touchy": ("refusals of harmless questions that sound harmful", _FEW_NATS),
     "learnt": ("answers that were learnt", _MORE_NATS),
@@ -105,7 +105,7 @@ def layers_table(manifest: Manifest) -> Table:
 
 
 def numbers_table(manifest: Manifest) -> Table:
-    """All measurements, and their places in the manifest; no column is empty."""
+    """All measurements, with their places in the manifest. Empty columns are left out."""
     heads = (
         "what it is", "of", "value", "standard error", "low", "high", "unit",
         "place in the manifest",
@@ -113,11 +113,10 @@ def numbers_table(manifest: Manifest) -> Table:
     rows = [*_numbers(manifest)]
     kept = [n for n in range(len(heads)) if any(row[n] is not None for row in rows)]
     return Table(
-        "All that the manifest has of what was measured, and where in it that stands. What is "
-        "shown here is rounded; the file has all digits. “Of” names the edit of a number. Own text "
-        "is what the unedited model wrote after prompts; held-out pairs are those that neither the "
-        "fit nor the choice of the strength saw; strengths were tried on other pairs again. “Times "
-        "as before” is after the edit over before it: 1 is no change.",
+        "All measurements in the manifest, rounded; the file has all digits. “Of” names the edit. "
+        "Own text is text that the unedited model wrote after prompts. Held-out pairs were used "
+        "neither by the fit nor to choose the strength; strengths were tried on a third set of "
+        "pairs. “Times as before” is the value after the edit over that before it: 1 is no change.",
         tuple(heads[n] for n in kept),
         [tuple(row[n] for n in kept) for row in rows],
     )

@@ -181,7 +181,10 @@ class _Hashing:
 
 
 def _is_canonical(signature: Path) -> bool:
-    """Whether the base64 of a valid signature has no set bits that decoders ignore."""
+    """Whether the base64 of a valid signature is the only spelling of its bytes.
+
+    Decoders ignore the last bits of the last character, so other texts decode to the same bytes.
+    """
     envelope = json.loads(signature.read_text("utf-8"))["dsseEnvelope"]
     texts = [envelope["payload"], *(entry["sig"] for entry in envelope["signatures"])]
     return all(base64.b64encode(base64.b64decode(text)).decode() == text for text in texts)

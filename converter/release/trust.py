@@ -12,7 +12,7 @@ from converter.manifest import EDITED, GuardRecord, Manifest
 from converter.release.verdict import factor, mean, more, percent, span
 
 _ONLY_EVALUATED = {
-    "toxicity": "the toxicity of what the edited model itself writes",
+    "toxicity": "the toxicity of text that the edited model writes",
     "ability": "its abilities in benchmarks",
     "refusals": "how often it refuses",
     "safeedit": "whether its answers to attacks are safe",
@@ -49,7 +49,7 @@ def _basis(manifest: Manifest, guard: GuardRecord) -> str:
     """The sampling units, and the interval."""
     told, defence = guard.headline, guard.defence
     if defence is not None:
-        texts = f"Refusals behind {defence.prompts.get('harmful', 0):,} harmful requests."
+        texts = f"Refusals of {defence.prompts.get('harmful', 0):,} harmful requests."
         found = around(defence.edit.harmful)
         ends = found and span(factor(found.low), factor(found.high))
     else:
@@ -64,8 +64,8 @@ def _basis(manifest: Manifest, guard: GuardRecord) -> str:
             )
         found = around(guard.words.teacher_forced)
         ends = found and span(found.low - 1, found.high - 1)
-    sure = f"The 95 % interval is {ends} probable." if ends else "Its error is not a number."
-    return f"{texts} {sure} It is of this text: other text may respond more or less."
+    sure = f"The 95 % interval is {ends} probable." if ends else "It has no interval."
+    return f"{texts} {sure} On other text the effect may be larger or smaller."
 
 
 def _times(count: int) -> str:
@@ -89,18 +89,18 @@ def _controls(manifest: Manifest, guard: GuardRecord) -> str:
     many = len(nats) - 1
     drop, others = sign * nats[0].value, sign * mean(nats[1:])
     part = percent(max(others, 0.0) / drop) if drop > 0 else "all"
-    s = "" if many == 1 else "s"
+    s, average = ("", "") if many == 1 else ("s", ", on average")
     moved = ""
     if (told := guard.headline) and told.control_divergences:
         moved = (
             " On ordinary text the edit moves the distribution of the next token by "
             f"{told.divergence.value:.3f} nats, the control{s} by "
-            f"{mean(told.control_divergences):.3f}; numbers that are alike mean edits of like size."
+            f"{mean(told.control_divergences):.3f}; the closer they are, the fairer the controls."
         )
     return (
         f"It was compared with {many} control{s}, each {kind}. Under the edit {what} is "
         f"{more(changes[0])} probable, under the control{s} {', '.join(map(more, changes[1:]))}. "
-        f"In log-probability that is {part} of what the edit does.{moved}"
+        f"In log-probability, the effect of the control{s} is {part} of the edit's{average}.{moved}"
     )
 
 
@@ -113,13 +113,13 @@ def _held_out(manifest: Manifest, guard: GuardRecord) -> str:
         "sentence of a pair is in two parts."
     )
     if manifest.search is not None:
-        parts += f" Its options were the best of {manifest.search.trials:,} trials on other text."
+        parts += f" The options were the best of {manifest.search.trials:,} trials on other text."
     if guard.defence is not None:
-        return "No: the requests behind which refusals were measured are not those of the fit."
+        return "No: the requests whose refusals were measured are not those of the fit."
     if guard.headline is None or guard.headline.words is None:
-        return f"No. {parts} But it is text of the same kind."
+        return f"No. {parts} But it is text of the same kind as the pairs."
     if prompts is not None and manifest.pairs.origin.name == prompts.origin.name == "builtin":
-        own = "It is what the unedited model wrote after prompts that resemble none of the pairs."
+        own = "The unedited model wrote it, after prompts that resemble none of the pairs."
         return f"No. {own} {parts}"
     if drawn is not None and prompts is not None and drawn.prompts.sha256 == prompts.sha256:
         return f"In part: the pairs were drawn from the model with the same prompts. {parts}"
@@ -131,11 +131,11 @@ def _measured(manifest: Manifest) -> str:
     guard, results = manifest.guard, manifest.evaluation
     done, missing = [], []
     if guard is None:
-        missing.append("the guard's part (--no-guard): effect, cost and controls before writing")
+        missing.append("effect, cost and controls, since the guard was switched off (--no-guard)")
     else:
-        effect = "the probability of toxic words in texts that are given"
+        effect = "the probability of toxic words in fixed texts"
         if guard.defence is not None:
-            effect = "the probability of refusals that are given"
+            effect = "the probability of fixed refusals"
         done += [effect, f"perplexity on {guard.neutral_tokens:,} tokens of ordinary text"]
         if guard.words.context_ratio is not None:
             done.append("perplexity of the words beside toxic ones")
@@ -144,10 +144,10 @@ def _measured(manifest: Manifest) -> str:
     known = {name.partition("/")[0] for name, value in metrics if value is not None}
     for name, what in _ONLY_EVALUATED.items():
         (done if name in known else missing).append(what)
-    end = "; no evaluation was made" if results is None else ""
+    end = " No evaluation was made." if results is None else ""
     return (
         f"Measured: {'; '.join(done) or 'nothing'}. "
-        f"Not measured: {'; '.join(missing) or 'nothing of these'}{end}."
+        f"Not measured: {'; '.join(missing) or 'nothing of these'}.{end}"
     )
 
 
@@ -160,11 +160,11 @@ def _source(manifest: Manifest) -> str:
     else:
         where = f"{name}, a local copy without a recorded revision."
     count = len(source.all_files)
-    return f"{where} The manifest has the sha256 of the {count:,} files that were read of it."
+    return f"{where} The manifest has the sha256 of the {count:,} files that were read from it."
 
 
 def _files(manifest: Manifest, verify: str) -> str:
-    """How to check the files, of which a manifest cannot speak."""
+    """How to check the files, which a manifest cannot do."""
     replayed = ""
     if manifest.replay_of is not None:
         replayed = (
@@ -172,9 +172,9 @@ def _files(manifest: Manifest, verify: str) -> str:
             "it repeats."
         )
     return (
-        f"The manifest lists {len(manifest.files):,} files with their sha256. gloss-convert "
-        "verifies them before a folder gets its name, and signs it last, if asked to; so a "
-        "manifest can record neither, and this page has read nothing else. To find out: "
-        f"{verify}. A signed folder has a {SIGNATURE}, which --key PUBLIC_KEY checks, too."
+        f"The manifest lists {len(manifest.files):,} files with their sha256. This page was made "
+        "from the manifest alone, so it cannot say whether the files agree with it, or who signed "
+        f"them. To check the files: {verify}. If there is a {SIGNATURE}, --key PUBLIC_KEY checks "
+        f"it, too."
         f"{replayed}"
     )

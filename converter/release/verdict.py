@@ -108,7 +108,7 @@ def _doubts_of_words(guard: GuardRecord) -> Iterator[str]:
     drop = -words.toxic_change.value
     controls = mean([each.toxic_change for each in guard.control_words])
     if not drop > _CLOSE * -controls:
-        yield f"the controls come close: in log-probability they do {_share(-controls, drop)} of it"
+        yield _close(-controls, drop)
     ratio = guard.edit.perplexity_ratio
     if not ratio.value + ratio.error <= guard.budget:
         yield f"the cost is within the budget of {_higher(guard.budget - 1)} by less than its error"
@@ -131,7 +131,7 @@ def _refusals(guard: GuardRecord, defence: DefenceRecord) -> str:
     found = around(edit.harmful)
     sure = f" (95 % interval: {span(factor(found.low), factor(found.high))})" if found else ""
     return (
-        f"Behind {count:,} harmful requests that it was not fitted to, a token of a refusal is on "
+        f"After {count:,} harmful requests that it was not fitted to, a token of a refusal is on "
         f"average {more(factor(edit.harmful.value))} probable than before{sure}; under the "
         f"{len(defence.controls)} controls it is {more(factor(controls))} probable; the cost: "
         f"refusals of harmless questions rise by {edit.over_refusal:.0%} of that, in "
@@ -146,7 +146,7 @@ def _doubts_of_refusals(defence: DefenceRecord) -> Iterator[str]:
         yield "these are few requests, so the interval itself is rough"
     rise, controls = defence.edit.harmful.value, mean([each.harmful for each in defence.controls])
     if not rise > _CLOSE * controls:
-        yield f"the controls come close: in log-probability they do {_share(controls, rise)} of it"
+        yield _close(controls, rise)
 
 
 def mean(estimates: Sequence[Estimate]) -> float:
@@ -154,8 +154,10 @@ def mean(estimates: Sequence[Estimate]) -> float:
     return sum(each.value for each in estimates) / len(estimates)
 
 
-def _share(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}" if whole > 0 else "all"
+def _close(part: float, whole: float) -> str:
+    """The doubt that controls have nearly the effect of the edit, both in nats."""
+    share = f"{part / whole:.0%}" if whole > 0 else "all"
+    return f"the controls come close: in log-probability, their effect is {share} of the edit's"
 
 
 def factor(nats: float) -> float:

@@ -118,7 +118,7 @@ MISTAKES = {
     # files
     "no pairs": convert("--pairs {}/none.tsv", 5, "pairs file", "none.tsv does not exist"),
     "columns": convert("--pairs {}/columns.tsv", 5, "a first line with the columns toxic and"),
-    "fields": convert("--pairs {}/fields.jsonl", 5, "name the fields of each row toxic and neut"),
+    "fields": convert("--pairs {}/fields.jsonl", 5, "name the two fields of each row 'toxic'"),
     "ending": convert("--pairs {}/pairs.txt", 5, "expected .jsonl, .tsv, .csv, found .txt"),
     "few pairs": convert("--num-pairs 3", 2, "--num-pairs: expected at least 16, found 3"),
     "prose": convert("--neutral {}/none.txt", 5, "neutral text", "No such file"),

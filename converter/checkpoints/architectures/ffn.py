@@ -1,10 +1,10 @@
 """Find the FFN of a decoder layer by its behaviour.
 
-A feed-forward network reads the residual stream and writes into it, treats every position by
-itself, and is not linear. Attention, convolutions and state spaces mix positions. Projections and
-norms are linear maps, or have no matrices. A weight writes if adding a vector u along one of its
-axes, times anything along the others, changes the FFN's output by a multiple of u. Projecting all
-such weights projects the output.
+A feed-forward network reads the residual stream and writes into it, computes each position
+independently of the others, and is not linear. Attention, convolutions and state spaces mix
+positions. Projections and norms are linear maps, or have no matrices. A weight writes if adding a
+vector u along one of its axes, times anything along the others, changes the FFN's output by a
+multiple of u. Projecting all such weights projects the output.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

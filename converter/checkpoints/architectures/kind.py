@@ -70,7 +70,7 @@ def check_kind(config: Mapping[str, Any], trusted: bool) -> None:
 
     Args:
         config: parsed ``config.json``.
-        trusted: whether code of its own makes the model.
+        trusted: whether the model's own code may run (``--trust-remote-code``).
 
     Raises:
         CheckpointError: saying what it is.

@@ -200,9 +200,9 @@ def _by_number(name: str) -> list[Any]:
 def spelling(
     renaming: library.Renaming, architecture: Architecture, names: Iterable[str]
 ) -> dict[str, str]:
-    """Beginning of disk names of ``save_pretrained`` -> that of a checkpoint.
+    """Beginning of names that ``save_pretrained`` writes -> beginning of those of a checkpoint.
 
-    For checkpoints with names that transformers reads, and does not write.
+    For checkpoints whose names transformers reads but does not write.
 
     Args:
         renaming: of the model.

@@ -283,9 +283,7 @@ def _towers(model: Any) -> tuple[str, ...]:
 
 
 def _random(like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Values that preserve the scale of hidden states, and that differ between all parts of a
-    model.
-    """
+    """Random values that keep the scale of hidden states. No two tensors get the same ones."""
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype)
     values = torch.randn(like.shape, generator=generator, dtype=torch.float32)

@@ -49,8 +49,8 @@ _LIMITS = (
     (re.compile(r".*\.(block|expert)_count"), 10_000),
     (re.compile(r"(?!general\.).*(_length|_count|_size|_rank)"), 1 << 24),
 )
-"""Endings of keys -> the largest value. Keys that begin with general describe the file: some have
-its number of parameters.
+"""Patterns of keys -> the largest value allowed. The second spares ``general.``: keys there
+describe the file, and some hold the number of parameters.
 """
 
 _SCALES = ("freq_base_swa", "scale_linear", "scaling.")

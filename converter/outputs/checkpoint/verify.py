@@ -262,10 +262,10 @@ def _contradictions(tensor: EditedTensor, delta: Delta, left: float, norm: float
     """The numbers of a record that contradict the tensor.
 
     ||W'||, which is ``norm``, and ||W|| differ by ||W' - W|| at most. Where a subspace is taken
-    out, W' = W - a A P + E with U^T W = P and E the rounding error, so W' - W = E - a A P. If A is
-    U, ||W - a U P||^2 = ||W||^2 - a (2 - a) ||P||^2 is ||W'||^2 but for E. ``left`` is ||U^T W'||,
-    which is the leakage if a is 1, and else (1 - a) ||P|| but for the leakage: that it is (1 - a) P
-    column by column can be seen with the source only.
+    out, W' = W - a A P + E with P = U^T W and the rounding error E, so W' - W = E - a A P. If A is
+    U, then ||W'||^2 = ||W||^2 - a (2 - a) ||P||^2 up to E. ``left`` is ||U^T W'||: the leakage if a
+    is 1, and otherwise (1 - a) ||P|| up to the leakage. Only with the source can each column be
+    compared with that of (1 - a) P.
     """
     before, error, change = tensor.norm, tensor.rounding_error, tensor.relative_change
     removes, a = delta.protects is not None, delta.factor
