@@ -194,18 +194,43 @@ def test_what_is_no_checkpoint_is_said(
 
 
 @pytest.mark.parametrize(
-    "address", ["s3://", "s3://me:secret@bucket/tiny", "s3://bucket/tiny?versionId=3"]
+    "address",
+    [
+        "s3://",
+        "hdfs:///",
+        "s3:///bucket/tiny",
+        "s3://bucket//tiny",
+        "s3://bucket/../tiny",
+        "s3://me:secret@bucket/tiny",
+        "s3://me:a/secret/with+slashes@bucket/tiny",
+        "s3://bucket/tiny?X-Amz-Signature=secret",
+        "s3://bucket/tiny::file:///etc",
+    ],
 )
-def test_an_address_has_no_password_and_no_query(address: str) -> None:
-    with refused(OptionError, expected="s3://bucket/prefix, without...") as caught:
+def test_an_address_is_one_plain_place_without_secrets(address: str) -> None:
+    with refused(OptionError, expected="...://bucket/prefix, without...") as caught:
         model_place(address)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/mine/tiny",
+        "sftp://me@host:22/models/tiny@1",
+        "hdfs:///models/tiny",
+        "abfs://c@a.dfs.core.windows.net/a b/ü*[x]#y",
+    ],
+)
+def test_a_colon_an_at_or_a_space_is_no_secret(address: str) -> None:
+    assert model_place(f"{address}/") == (address, "")
 
 
 def test_addresses_of_stores_are_told_apart() -> None:
     for address in ("s3://b/x", "gs://b/x", "abfs://c@a.dfs.core.windows.net/x", "memory://x"):
         assert is_store(address)
         assert model_place(f"{address}/") == (address, "")
+    assert model_place("S3://Bucket/x") == ("s3://Bucket/x", "")
     for other in (
         "hf://a/b",
         "https://hf.co/a/b",
