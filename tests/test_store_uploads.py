@@ -148,6 +148,15 @@ def test_the_result_of_another_recipe_is_replaced(
     assert b'"model_type": "mistral"' in objects(memory)["config.json"]
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    memory: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    says = f"the result for {memory} is made in the cache, which --cache-dir chooses"
+    cache = ("--cache-dir", tmp_path / "file/cache")
+    invoke("convert", checkpoints("llama"), memory, *cache, *TINY_ARGS, code=7, says=says)
+
+
 def test_a_second_run_beside_an_upload_is_refused(
     memory: str, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +253,8 @@ def test_what_is_wrong_with_a_store_is_said_before_the_model_is_looked_at(
     says = "DESTINATION: expected a folder, or an address such as s3://bucket/prefix, found s4://b"
     invoke("convert", source, "s4://b", code=2, says=says)
     invoke("convert", source, s3, "--push-to-hub", "a/b", code=2, says="--push-to-hub")
+    says = f"destination {s3}/a is the source or lies inside it; choose another prefix"
+    invoke("convert", f"{s3}/", f"{s3}/a", code=3, says=says)  # nor is the source there
     invoke("push", converted[1], s3, "--create-pr", code=2, says="--create-pr")
     assert objects(s3) == {}
 

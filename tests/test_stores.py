@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import fsspec
@@ -10,6 +11,7 @@ import pytest
 
 from converter.checkpoints.resolve import resolve
 from converter.errors import CheckpointError, OptionError, SourceError
+from converter.hub import stores
 from converter.hub.addresses import model_place
 from converter.hub.store_addresses import is_store
 from converter.hub.stores import Store
@@ -86,6 +88,7 @@ def test_a_prefix_converts_as_its_folder_does(
     assert manifest["run"]["source"] == place
     assert (source["name"], source["repo_id"], source["commit"]) == ("tiny", None, None)
     assert {*source["versions"]} == {*source["files"]}
+    assert f"gloss verify THIS_FOLDER --source {place}\n" in (out / "README.md").read_text("utf-8")
     invoke("verify", out, "--source", place, code=0)
     invoke("replay", out, again, code=0)  # the manifest says where the source is
     assert (again / shards[0]).read_bytes() == (out / shards[0]).read_bytes()
@@ -97,6 +100,13 @@ def test_the_record_names_the_etags_of_s3(s3: str) -> None:
     source = resolve(s3)
     listed = {name: files.info(f"{prefix}/{name}")["ETag"].strip('"') for name in source.shards}
     assert {name: source.versions[name] for name in source.shards} == listed
+
+
+def test_a_store_without_etags_has_times() -> None:
+    assert stores._version({"modificationTime": 1, "name": "x"}) == "1"  # webhdfs
+    assert stores._version({"mtime": datetime.fromtimestamp(2, UTC)}) == "2.0"  # sftp
+    assert stores._version({"ETag": '"ab"', "mtime": 3}) == "ab"
+    assert stores._version({"name": "x"}) == ""
 
 
 def test_a_subfolder_of_a_prefix(memory: str, checkpoints: Checkpoints) -> None:
