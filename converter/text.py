@@ -103,7 +103,7 @@ _VARIABLES = (
 _SECRETS = (
     (re.compile(r"\bhf_(?:jwt|oauth)_[\w.-]+|\bhf_[A-Za-z0-9]{20,}"), "hf_***"),
     (re.compile(r"(?i)(?<=bearer )[^\s,;]+"), "***"),
-    (re.compile(r"(?<=://)[^/\s@]+(?=@)"), "***"),
+    (re.compile(r"(?<=://)(?:[^/\s@]+|[^/\s:@]*:(?!\d*/)[^\s@]+)(?=@)"), "***"),
     (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1"),
 )
 """A token; the user and password of a URL; the query of a URL, which may be signed."""

@@ -731,11 +731,12 @@ def test_no_token_is_ever_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "an-old-key-of-mine")
     said = redacted(
         f"an-old-key-of-mine, {TOKEN}; Authorization: Bearer abc.def, https://me:pw@hub.co/x, "
-        "https://s3.co/a/b?X-Amz-Signature=abc&x=1 hf_jwt_eyJ.abc-_d and hf_transfer"
+        "https://s3.co/a/b?X-Amz-Signature=abc&x=1 hf_jwt_eyJ.abc-_d and hf_transfer "
+        "s3://me:p/w+@b/x sftp://host:22/x@1"
     )
     assert said == (
         "***, hf_***; Authorization: Bearer ***, https://***@hub.co/x, "
-        "https://s3.co/a/b hf_*** and hf_transfer"
+        "https://s3.co/a/b hf_*** and hf_transfer s3://***@b/x sftp://host:22/x@1"
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from converter.checkpoints.names import MANIFEST, SUMS
 from converter.checkpoints.resolve import resolve
-from converter.entrypoints.push import put
+from converter.entrypoints.push import put, put_and_drop
 from converter.errors import DestinationError, PublishError
 from converter.hub import store_uploads
 from converter.hub.store_uploads import upload
@@ -147,6 +148,33 @@ def test_the_result_of_another_recipe_is_replaced(
     assert b'"model_type": "mistral"' in objects(memory)["config.json"]
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    memory: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    says = f"the result for {memory} is made in the cache, which --cache-dir chooses"
+    cache = ("--cache-dir", tmp_path / "file/cache")
+    invoke("convert", checkpoints("llama"), memory, *cache, *TINY_ARGS, code=7, says=says)
+
+
+def test_a_second_run_beside_an_upload_is_refused(
+    memory: str, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(converted[1], outgoing(memory))
+    put_file, held = store_uploads._Target.put, refused(DestinationError, what="...another run")
+
+    def disturbed(self: Any, name: str, *args: Any) -> None:
+        if name == SUMS:
+            with held:
+                put_and_drop(folder, memory, False)
+        put_file(self, name, *args)
+
+    monkeypatch.setattr(store_uploads._Target, "put", disturbed)
+    put_and_drop(folder, memory, False)
+    assert SUMS in objects(memory)
+    assert list(folder.parent.glob("*")) == []
+
+
 def test_a_large_file_is_sent_in_parts_and_no_part_is_left(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,8 +252,9 @@ def test_what_is_wrong_with_a_store_is_said_before_the_model_is_looked_at(
     invoke("push", converted[1], "s3://no-such-bucket/out", code=10, says=says)
     says = "DESTINATION: expected a folder, or an address such as s3://bucket/prefix, found s4://b"
     invoke("convert", source, "s4://b", code=2, says=says)
-    invoke("replay", converted[1], s3, "--source", converted[0], code=7, says="expected a folder")
     invoke("convert", source, s3, "--push-to-hub", "a/b", code=2, says="--push-to-hub")
+    says = f"destination {s3}/a is the source or lies inside it; choose another prefix"
+    invoke("convert", f"{s3}/", f"{s3}/a", code=3, says=says)  # nor is the source there
     invoke("push", converted[1], s3, "--create-pr", code=2, says="--create-pr")
     assert objects(s3) == {}
 
@@ -245,3 +274,21 @@ def test_a_store_that_loses_an_object_is_found_out(
         put(converted[1], memory, verified=True)
     with refused(DestinationError, what="...is not empty"):
         put(converted[1], memory, verified=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ("DESTINATION", ("verify", "s3://b/x")),
+        ("DESTINATION", ("report", "s3://b/x")),
+        ("DESTINATION", ("push", "s3://b/x", "someone/x")),
+        ("DESTINATION", ("replay", "manifests", "s3://b/x")),
+        ("MANIFEST", ("replay", "s3://b/x", "out")),
+        ("--plots", ("convert", "demo", "out", "--plots", "s3://b/x")),
+        ("--like", ("plan", "demo", "--like", "s3://b/x")),
+        ("--cache-dir", ("plan", "demo", "--cache-dir", "s3://b/x")),
+    ],
+)
+def test_what_must_be_on_this_machine_is_no_address(option: str, command: tuple[str, ...]) -> None:
+    says = f"Invalid value for '{option}': 's3://b/x' is an address; give a path on this machine"
+    invoke(*command, code=2, says=says)

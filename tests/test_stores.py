@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import fsspec
@@ -10,6 +11,7 @@ import pytest
 
 from converter.checkpoints.resolve import resolve
 from converter.errors import CheckpointError, OptionError, SourceError
+from converter.hub import stores
 from converter.hub.addresses import model_place
 from converter.hub.store_addresses import is_store
 from converter.hub.stores import Store
@@ -86,6 +88,7 @@ def test_a_prefix_converts_as_its_folder_does(
     assert manifest["run"]["source"] == place
     assert (source["name"], source["repo_id"], source["commit"]) == ("tiny", None, None)
     assert {*source["versions"]} == {*source["files"]}
+    assert f"gloss verify THIS_FOLDER --source {place}\n" in (out / "README.md").read_text("utf-8")
     invoke("verify", out, "--source", place, code=0)
     invoke("replay", out, again, code=0)  # the manifest says where the source is
     assert (again / shards[0]).read_bytes() == (out / shards[0]).read_bytes()
@@ -97,6 +100,13 @@ def test_the_record_names_the_etags_of_s3(s3: str) -> None:
     source = resolve(s3)
     listed = {name: files.info(f"{prefix}/{name}")["ETag"].strip('"') for name in source.shards}
     assert {name: source.versions[name] for name in source.shards} == listed
+
+
+def test_a_store_without_etags_has_times() -> None:
+    assert stores._version({"modificationTime": 1, "name": "x"}) == "1"  # webhdfs
+    assert stores._version({"mtime": datetime.fromtimestamp(2, UTC)}) == "2.0"  # sftp
+    assert stores._version({"ETag": '"ab"', "mtime": 3}) == "ab"
+    assert stores._version({"name": "x"}) == ""
 
 
 def test_a_subfolder_of_a_prefix(memory: str, checkpoints: Checkpoints) -> None:
@@ -194,18 +204,43 @@ def test_what_is_no_checkpoint_is_said(
 
 
 @pytest.mark.parametrize(
-    "address", ["s3://", "s3://me:secret@bucket/tiny", "s3://bucket/tiny?versionId=3"]
+    "address",
+    [
+        "s3://",
+        "hdfs:///",
+        "s3:///bucket/tiny",
+        "s3://bucket//tiny",
+        "s3://bucket/../tiny",
+        "s3://me:secret@bucket/tiny",
+        "s3://me:a/secret/with+slashes@bucket/tiny",
+        "s3://bucket/tiny?X-Amz-Signature=secret",
+        "s3://bucket/tiny::file:///etc",
+    ],
 )
-def test_an_address_has_no_password_and_no_query(address: str) -> None:
-    with refused(OptionError, expected="s3://bucket/prefix, without...") as caught:
+def test_an_address_is_one_plain_place_without_secrets(address: str) -> None:
+    with refused(OptionError, expected="...://bucket/prefix, without...") as caught:
         model_place(address)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/mine/tiny",
+        "sftp://me@host:22/models/tiny@1",
+        "hdfs:///models/tiny",
+        "abfs://c@a.dfs.core.windows.net/a b/ü*[x]#y",
+    ],
+)
+def test_a_colon_an_at_or_a_space_is_no_secret(address: str) -> None:
+    assert model_place(f"{address}/") == (address, "")
 
 
 def test_addresses_of_stores_are_told_apart() -> None:
     for address in ("s3://b/x", "gs://b/x", "abfs://c@a.dfs.core.windows.net/x", "memory://x"):
         assert is_store(address)
         assert model_place(f"{address}/") == (address, "")
+    assert model_place("S3://Bucket/x") == ("s3://Bucket/x", "")
     for other in (
         "hf://a/b",
         "https://hf.co/a/b",

@@ -1,5 +1,7 @@
 """The commands ``gloss-convert``, which is ``gloss convert``, and ``gloss plan``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +11,7 @@ from converter.cli.command import Answer, command, quiet_libraries, refuse_typed
 from converter.cli.fields import Part
 from converter.cli.recipe import RecipePart
 from converter.cli.summary import forward_text, layers_text, result_data, result_text
-from converter.errors import Faults, OptionError
+from converter.errors import DestinationError, Faults, OptionError
 from converter.evaluation.gates import Gates
 from converter.evaluation.options import EvaluationOptions, SearchOptions
 from converter.hub.store_addresses import is_store, store_address
@@ -188,6 +190,12 @@ def _look(
     if asked.store:
         with faults:
             refuse_typed(_LOCAL, f"with the address {asked.store} as DESTINATION", "leave it out")
+        with faults:
+            if f"{asked.store}/".startswith(f"{recipe.source.rstrip('/')}/"):
+                raise DestinationError(
+                    f"destination {asked.store} is the source or lies inside it",
+                    hint="choose another prefix",
+                )
         first_look.look_at_store(asked.store, asked.folder, faults)
     first_look.look_at_destination(recipe, asked.folder, asked.overwrite, faults)
     first_look.look_at_plots(asked.plots, asked.folder, faults)
@@ -291,7 +299,8 @@ def convert_command(
     if asked.evaluate:
         measures = evaluation_of(evaluation, asked.systems, typed, settings)
         delivery = replace(delivery, evaluation=measures)
-    manifest = convert_once(recipe, asked.folder, settings, delivery, inside)
+    with _told_of_cache(asked.store):
+        manifest = convert_once(recipe, asked.folder, settings, delivery, inside)
     if asked.plots is not None and not inside:
         draw(manifest, asked.folder, asked.plots.absolute())
     if asked.report is not None:
@@ -306,6 +315,18 @@ def convert_command(
     result = result_data(manifest, asked.destination)
     result["published"] = asdict(published) if published else None
     return Answer(result, result_text(result, published_text(published)))
+
+
+@contextmanager
+def _told_of_cache(store: str | None) -> Iterator[None]:
+    """An error about the folder of a result for a store says how to choose another one."""
+    try:
+        yield
+    except DestinationError as error:
+        if store:
+            made = f"the result for {store} is made in the cache, which --cache-dir chooses"
+            error.hint = "; ".join(filter(None, [error.hint, made]))
+        raise
 
 
 def _searched(

@@ -102,6 +102,15 @@ class _Argument(_Keeping, click.Argument):
     """A positional argument."""
 
 
+class _Path(click.Path):
+    """A path on this machine. An address is refused, since as a path it names an odd folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"{str(value)!r} is an address; give a path on this machine", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def parameter(option: Declared) -> click.Parameter:
     """An option, or a positional argument. Its class checks bounds and has the default."""
     if not option.flag.startswith("-"):
@@ -140,7 +149,7 @@ def _type(option: Declared) -> click.ParamType[Any]:
         return click.Choice(option.choices)
     if option.kind is Path:
         path = option.option.path
-        return click.Path(
+        return _Path(
             option.option.exists,
             file_okay=path != "folder",
             dir_okay=path != "file",

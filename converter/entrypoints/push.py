@@ -26,7 +26,7 @@ from converter.errors import ConverterError, VerificationError
 from converter.hub.store_uploads import upload
 from converter.manifest import Manifest
 from converter.outputs.checkpoint.verify import check_edit, infos_of
-from converter.outputs.claim import JOURNAL, LAST
+from converter.outputs.claim import JOURNAL, LAST, claimed
 from converter.outputs.journal import Done, Receiver, keep_only
 from converter.recipe import Publication
 from converter.release.licences import licence_name, warn_of_name
@@ -93,14 +93,16 @@ def put(
 def put_and_drop(folder: Path, address: str, trust_remote_code: bool) -> None:
     """Upload a folder that was written and verified just now, then delete it.
 
-    Raises as ``put``; then the folder stays, and the error says where it is.
+    Raises as ``put``; then the folder stays, and the error says where it is. Raises
+    DestinationError if another run on this machine holds the folder.
     """
-    try:
-        put(folder, address, trust_remote_code, verified=True)
-    except ConverterError as error:
-        error.hint = "; ".join(filter(None, [error.hint, f"the result is kept in {folder}"]))
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    with claimed(folder, overwrite=True):
+        try:
+            put(folder, address, trust_remote_code, verified=True)
+        except ConverterError as error:
+            error.hint = "; ".join(filter(None, [error.hint, f"the result is kept in {folder}"]))
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verified(folder: Path, trust_remote_code: bool, verified: bool) -> tuple[Manifest, Files]:

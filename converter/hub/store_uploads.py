@@ -139,7 +139,7 @@ class _Target:
     def _abort(self, files: Files) -> None:
         if not self.is_s3:
             return
-        bucket, _, below = self.prefix.partition("/")
+        bucket, below, _ = self.files.split_path(self.prefix)
         keys = {f"{below}/{name}".lstrip("/") for name in files}
         with suppress(Exception):  # it may be forbidden, and another error is more telling
             found = self.files.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=below)

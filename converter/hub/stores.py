@@ -29,7 +29,7 @@ _PIECE, _AT_ONCE = 1 << 23, 4
 _LARGE = 1 << 26
 """Bytes of an object whose fetching is shown."""
 
-_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "created")
+_VERSIONS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "modificationTime", "created")
 """Keys of a listing that tell two contents of an object apart, best first."""
 
 _FETCHING = Lock()

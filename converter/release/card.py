@@ -23,6 +23,7 @@ from converter.checkpoints.fusing import CODE
 from converter.checkpoints.names import weight_files
 from converter.checkpoints.source import Source
 from converter.evaluation.samples import RULE
+from converter.hub.store_addresses import is_store
 from converter.manifest import Choice, Manifest, PairsRecord, TextRecord
 from converter.outputs.base import output_of
 from converter.release.card_results import eval_results, measured_text, pictures
@@ -153,10 +154,11 @@ def _about_source(source: Source, base: str | None, manifest: Manifest) -> dict[
 
 
 def local_name(source: str) -> str:
-    """A recorded local source as an argument that cannot be taken for a repo or a word such as
-    demo.
+    """A recorded source that is no repo, as an argument that cannot be taken for one or for a
+    word such as demo.
     """
-    return source if source == "demo" or source.startswith("./") else f"./{source}"
+    clear = source == "demo" or source.startswith("./") or is_store(source)
+    return source if clear else f"./{source}"
 
 
 def pinned(source: Source, manifest: Manifest) -> str:

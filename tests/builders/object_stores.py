@@ -1,6 +1,7 @@
 """Object stores: fsspec's in memory, and moto's server of S3 on the loopback interface."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +32,12 @@ def connect(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     """Lead the clients of this process to a server, which forgets what it has, and make BUCKET."""
     import s3fs
 
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)  # a profile, or a server for S3 alone
     for name, value in {
         "AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "a-secret-of-someone",
         "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1",
+        "NO_PROXY": "127.0.0.1",
         "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
