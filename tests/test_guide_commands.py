@@ -46,6 +46,11 @@ HERE = {
     "--system random@perplexity --seeds 3 --pairs paradetox.tsv --num-pairs 1000 "
     "--prompts prompts.jsonl --num-prompts 150 --passages 5 --text wikitext2_test.txt "
     "--text-tokens 8192 --results results.json": f"{EVALUATED} --seeds 1",
+    "gloss evaluate demo --system gloss --system gloss+destein --system random --pairs "
+    "paradetox.tsv --num-pairs 1000 --prompts prompts300.jsonl --num-prompts 300 --samples 5 "
+    "--no-greedy --passages 8 --generation-batch-size 128 --text wikitext2_test.txt --text-tokens "
+    "8192 --results generated.json": EVALUATED,
+    "gloss-convert MODEL ./out --method gloss+destein": "--num-pairs 100 -o gloss.layers=2-4",
     "gloss guide": "",
     "gloss methods": "",
     "gloss options": "",
@@ -186,7 +191,8 @@ def typed(line: str, more: str, finished: Path, planted: Path) -> list[str]:
     if words[0] in ("convert", "calibrate", "replay"):
         places |= dict.fromkeys(("./out", "DESTINATION"), Path("new"))
     files = {"s-nlp/paradetox": "pairs.jsonl", "paradetox.tsv": "pairs.jsonl"}
-    files |= {"prompts.jsonl": "prompts.txt", "wikitext2_test.txt": "wikitext.txt"}
+    files |= {"prompts.jsonl": "prompts.txt", "prompts300.jsonl": "prompts.txt"}
+    files |= {"wikitext2_test.txt": "wikitext.txt"}
     files |= {"PUBLIC.pem": "public.pem", "FILE": "done/gloss_edit.tensors"}
     names = ("key.pem", "public.pem", "prompts.txt", "wikitext.txt", "run.toml", "pairs.jsonl")
     places |= {word: finished / file for word, file in files.items()}
