@@ -11,8 +11,9 @@ from converter.calibration.pairs import load_prose
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import EDIT_FILE, MANIFEST
 from converter.evaluation.comparison import parse_systems
-from converter.evaluation.continuations import Draws, draw_passages
-from converter.evaluation.continuations import _listed_words as listed_words
+from converter.evaluation.continuations import Draws
+from converter.evaluation.passages import _listed_words as listed_words
+from converter.evaluation.passages import find_passages
 from converter.evaluation.results import summarise
 from converter.evaluation.tables import at_cost, equal_cost_table, markdown, systems_of
 from converter.manifest import Evaluation, Interval, SystemRecord
@@ -302,9 +303,8 @@ def test_the_teacher_forced_estimate_weighs_by_importance(planted: Path) -> None
     model = forward.LanguageModel(
         module, loading.load_tokenizer(planted), architecture_of("llama"), "cpu"
     )
-    passages = draw_passages(
-        model, ["w1 w2 damn"], words, Draws(samples=200, max_new_tokens=1, batch_size=50)
-    )
+    draws = Draws(samples=200, max_new_tokens=1, batch_size=50)
+    passages = find_passages(model, ["w1 w2 damn"], draws.write(model, ["w1 w2 damn"]), words)
     assert passages is not None
     for sentence, inside in zip(passages.sentences, passages.words, strict=True):
         assert inside == [(len(sentence.ids) - 1,)]

@@ -19,7 +19,7 @@ from converter.errors import ConverterError, DataError, OptionError, SourceError
 from converter.evaluation import measure, scorers
 from converter.evaluation.benchmarks import SETS, defence_rates, load_safeedit, run_tasks
 from converter.evaluation.classifier import find_label
-from converter.evaluation.continuations import conditional_losses, generate
+from converter.evaluation.continuations import generate
 from converter.evaluation.known import SCORERS
 from converter.evaluation.metrics import (
     bootstrap,
@@ -29,6 +29,7 @@ from converter.evaluation.metrics import (
     mean_toxicity,
     toxicity_probability,
 )
+from converter.evaluation.passages import conditional_losses
 from converter.evaluation.prompts import load_prompts
 from converter.evaluation.scorers import load_scorer
 from converter.manifest import Origin, ScorerOrigin

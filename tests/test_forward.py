@@ -19,7 +19,8 @@ from converter.checkpoints.layout import check_config
 from converter.checkpoints.plan import make_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError, SourceError
-from converter.evaluation.continuations import conditional_losses, generate
+from converter.evaluation.continuations import generate
+from converter.evaluation.passages import conditional_losses
 from converter.models.batching import (
     Batch,
     Encoder,

@@ -11,10 +11,11 @@ from msgspec.structs import replace
 
 from converter.calibration.instances import Lesson, builtin_set, together
 from converter.evaluation.comparison import Comparison, check_names
-from converter.evaluation.continuations import Draws, Passages
+from converter.evaluation.continuations import Draws
 from converter.evaluation.headline import passages_of
 from converter.evaluation.masks import masks
 from converter.evaluation.measure import WINDOW, Battery, Reference, divergence, measure
+from converter.evaluation.passages import Passages
 from converter.evaluation.refusals import refusal_prompts
 from converter.evaluation.results import summarise
 from converter.evaluation.rows import Rows

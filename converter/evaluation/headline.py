@@ -2,7 +2,7 @@
 
 An edit has more effect on held-out pairs, which are sentences like those of the fit, than on other
 text. So the unedited model continues prompts that resemble no pair, once, and the toxic words in
-these continuations are scored under the edit (``continuations.Passages``). The KL divergence of the
+these continuations are scored under the edit (``passages.Passages``). The KL divergence of the
 next token's distribution, on the beginnings of ordinary paragraphs, says how far the edit moves the
 model elsewhere.
 """
@@ -18,12 +18,8 @@ import msgspec
 from converter.calibration.pairs import Prose
 from converter.calibration.statistics import cache_key
 from converter.edits.base import Edit
-from converter.evaluation.continuations import (
-    Draws,
-    Passages,
-    find_passages,
-    passages_measured,
-)
+from converter.evaluation.continuations import Draws
+from converter.evaluation.passages import Passages, find_passages, passages_measured
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.manifest import HeadlineRecord, WordsMeasured
 from converter.methods.base import Method, aim_of

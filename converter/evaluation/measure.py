@@ -19,13 +19,7 @@ from converter.checkpoints.plan import read_plan
 from converter.checkpoints.resolve import resolve
 from converter.errors import DataError, OptionError
 from converter.evaluation.benchmarks import load_safeedit, measure_ability, measure_safeedit
-from converter.evaluation.continuations import (
-    Passages,
-    conditional_losses,
-    generate,
-    passages_measured,
-    weigh_passages,
-)
+from converter.evaluation.continuations import generate
 from converter.evaluation.metrics import (
     bootstrap,
     distinct_n,
@@ -35,6 +29,12 @@ from converter.evaluation.metrics import (
     toxicity_probability,
 )
 from converter.evaluation.options import EvaluationOptions
+from converter.evaluation.passages import (
+    Passages,
+    conditional_losses,
+    passages_measured,
+    weigh_passages,
+)
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.refusals import measure_refusals
 from converter.evaluation.results import around

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from converter.calibration.word_list import WordList
 from converter.errors import DestinationError
-from converter.evaluation.continuations import Passages
 from converter.evaluation.masks import masked
+from converter.evaluation.passages import Passages
 from converter.models.likelihood import LogProbabilities, weighed
 from converter.runtime.files import reason
 
