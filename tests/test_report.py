@@ -74,7 +74,7 @@ def headline(**changes: Any) -> Manifest:
 def test_a_verdict_says_what_fell_by_how_much_at_what_cost_and_how_sure() -> None:
     assert verdict(recorded()) == Verdict(
         "clear",
-        "In what the model itself says after prompts unlike those that it was fitted to, a toxic "
+        "In text that the unedited model wrote after prompts unlike those of the fit, a toxic "
         "word is on average 34 % less probable than before (95 % interval: 32 % less to 36 % "
         "less), measured on 120 toxic words after 70 prompts; under 2 controls of the same size "
         "(random edits) it is 0.4 % less probable; the cost: perplexity on ordinary text is 0.9 % "
@@ -146,13 +146,12 @@ def test_the_page_says_how_far_its_number_can_be_trusted() -> None:
     )
     controls = known["Would any edit of this size do that?"]
     assert controls.startswith("It was compared with 2 controls, each a random subspace")
-    assert "under the controls 0.4 % less, 0.4 % less. In log-prob" in controls
-    assert "the effect of the controls is 0.0 % of the edit's, on average." in controls
+    assert "under the controls 0.4 % less, 0.4 % less. The guard's limits were kept" in controls
     assert "by 0.010 nats, the controls by 0.000" in controls
     measured = known["What was measured, and what was not?"]
     assert "perplexity on 9 tokens of ordinary text" in measured
     assert "Not measured: the toxicity of text that the edited model writes; " in measured
-    assert measured.endswith(". No evaluation was made.")
+    assert measured.endswith(". No benchmark or safety evaluation was made.")
     assert "without a recorded revision" in known["Which model was edited?"]
     assert "To check the files: gloss verify X --source Y. " in known["Are these the files?"]
     assert "a model.sig, --key PUBLIC_KEY checks it" in known["Are these the files?"]

@@ -200,7 +200,7 @@ def cost_chart(manifest: Manifest) -> Points | None:
         "squares are controls. The height is the probability of toxic words, relative to no edit, "
         "in held-out sentences like those of the fit. The effect is larger there than elsewhere, "
         "so go by the first picture. The circles were measured on other sentences than the rest. "
-        "The disc should be far below the squares and no further to the right.",
+        "The disc should be far below the squares, and its cost within the budget.",
         "change of perplexity on ordinary text; lower is better",
         "probability of toxic words; lower is better",
         tuple(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from converter.checkpoints.names import SIGNATURE
 from converter.evaluation.results import around
 from converter.manifest import EDITED, GuardRecord, Manifest
-from converter.release.verdict import factor, mean, more, percent, span
+from converter.release.verdict import factor, mean, more, span
 
 _ONLY_EVALUATED = {
     "toxicity": "the toxicity of text that the edited model writes",
@@ -75,32 +75,28 @@ def _times(count: int) -> str:
 def _controls(manifest: Manifest, guard: GuardRecord) -> str:
     """The effect of each control, beside that of the edit."""
     if guard.defence is not None:
-        what, sign = "a token of a refusal", 1
-        nats = [each.harmful for each in (guard.defence.edit, *guard.defence.controls)]
-        changes = [factor(each.value) for each in nats]
+        what = "a token of a refusal"
+        edits = guard.defence.edit, *guard.defence.controls
+        changes = [factor(each.harmful.value) for each in edits]
     else:
-        what, sign = "a toxic word", -1
-        measured = guard.words, *guard.control_words
-        nats = [each.toxic_change for each in measured]
+        what, measured = "a toxic word", (guard.words, *guard.control_words)
         changes = [each.teacher_forced.value - 1 for each in measured]
     kind = "an edit of the same size that uses no knowledge of toxicity"
     if manifest.subspace is not None:
         kind = "a random subspace of the same rank, weakened as much in the same layers"
-    many = len(nats) - 1
-    drop, others = sign * nats[0].value, sign * mean(nats[1:])
-    part = percent(max(others, 0.0) / drop) if drop > 0 else "all"
-    s, average = ("", "") if many == 1 else ("s", ", on average")
-    moved = ""
+    many = len(changes) - 1
+    s, moved = "" if many == 1 else "s", ""
     if (told := guard.headline) and told.control_divergences:
         moved = (
             " On ordinary text the edit moves the distribution of the next token by "
             f"{told.divergence.value:.3f} nats, the control{s} by "
             f"{mean(told.control_divergences):.3f}; the closer they are, the fairer the controls."
         )
+    kept = "" if guard.reasons else "The guard's limits were kept, which says nothing about safety."
     return (
         f"It was compared with {many} control{s}, each {kind}. Under the edit {what} is "
         f"{more(changes[0])} probable, under the control{s} {', '.join(map(more, changes[1:]))}. "
-        f"In log-probability, the effect of the control{s} is {part} of the edit's{average}.{moved}"
+        f"{kept}{moved}"
     )
 
 
@@ -144,7 +140,7 @@ def _measured(manifest: Manifest) -> str:
     known = {name.partition("/")[0] for name, value in metrics if value is not None}
     for name, what in _ONLY_EVALUATED.items():
         (done if name in known else missing).append(what)
-    end = " No evaluation was made." if results is None else ""
+    end = " No benchmark or safety evaluation was made." if results is None else ""
     return (
         f"Measured: {'; '.join(done) or 'nothing'}. "
         f"Not measured: {'; '.join(missing) or 'nothing of these'}.{end}"

@@ -70,7 +70,7 @@ def _words(guard: GuardRecord, manifest: Manifest) -> str:
     """The verdict on toxic words."""
     words, told, many = guard.words, guard.headline, len(guard.control_words)
     if told is not None and told.words is not None:
-        where = "In what the model itself says after prompts unlike those that it was fitted to"
+        where = "In text that the unedited model wrote after prompts unlike those of the fit"
         count = f"{told.toxic_words:,} toxic words after {told.toxic_prompts:,} prompts"
     else:
         where = "In held-out sentences of the kind that it was fitted to"
