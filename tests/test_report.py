@@ -272,6 +272,19 @@ def test_the_points_of_numbers_stand_below_each_other() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("way", ["toxicity", "toxicity_change"])
+def test_toxicity_of_generated_text_has_a_unit(way: str) -> None:
+    results = Manifest.from_json({**to_json(recorded()), "evaluation": skeleton.evaluation()})
+    found = results.evaluation
+    assert found is not None
+    metrics = {f"{way}/profanity/sampled": Interval.of(-0.1, -0.2, 0.0)}
+    row = structs.replace(found.rows[0], metrics=metrics)
+    judged = structs.replace(results, evaluation=structs.replace(found, rows=(row,)))
+    (told,) = [row for row in numbers_table(judged).rows if "profanity, sampled" in str(row[0])]
+    assert str(told[0]).startswith("mean toxicity of continuations")
+    assert any("is better" in str(cell) for cell in told)
+
+
 def test_every_measurement_has_a_unit_and_names_its_edit() -> None:
     table = numbers_table(Manifest.from_json(json.loads(DEMO.read_text("utf-8"))))
     assert table.heads == ("what it is", "of", "value", "standard error", "unit",

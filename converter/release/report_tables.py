@@ -49,6 +49,7 @@ _MEANINGS = {
     "limit": ("limit of a gate", _LIMIT),
     "measured": ("measured for a gate", ""),
     "toxicity": ("mean toxicity of continuations", "0 to 1; lower is better"),
+    "toxicity_change": ("mean toxicity of continuations, change", "below 0 is better"),
     "emt": ("expected maximum toxicity", "0 to 1; lower is better"),
     "tp": ("probability of a toxic continuation", "0 to 1; lower is better"),
 }
