@@ -755,6 +755,8 @@ class EvaluationSettings(Record, kw_only=True):
         systems: beside the unedited model and the edited one, as typed.
         costs: perplexity ratios that strengths were chosen for; empty for the strength under the
             budget.
+        dtype: of the measurements.
+        fit_dtype: of the forward passes that systems were fitted with.
         word_list: its sha256.
         text_sha256: of the text for perplexity; None if there was none.
         options: of the method, as typed.
@@ -773,6 +775,7 @@ class EvaluationSettings(Record, kw_only=True):
     costs: tuple[float, ...]
     device: str
     dtype: str
+    fit_dtype: str
     word_list: Sha256
     neutral: str
     text_sha256: Sha256 | None

@@ -59,11 +59,11 @@ def test_both_models_continue_the_same_prompts(
 ) -> None:
     """The edit runs in hooks: no second model is loaded; it says fewer curses."""
     monkeypatch.setattr(made, "load_whole", no_model)
-    args = ("compare", planted, edited, "--prompts", prompts, *FEW, "--samples", 2)
+    args = ("compare", planted, edited, "--prompts", prompts, *FEW, "--samples", 12)
     found = json.loads(cli(*args, "--json", "--no-mask", code=0).stdout)
     rows = found["samples"]
     assert [(row["prompt"], row["sample"]) for row in rows] == [
-        (prompt, number) for prompt in PROMPTS.splitlines() for number in range(3)
+        (prompt, number) for prompt in PROMPTS.splitlines() for number in range(13)
     ]
     toxic = {*CURSES, *INSULTS}
     for row in rows:
@@ -71,7 +71,7 @@ def test_both_models_continue_the_same_prompts(
             said = row[side]["text"].split()
             assert row[side]["scores"][LISTED] == sum(word in toxic for word in said)
     before, after = found["means"][LISTED]
-    assert before > 1 > after
+    assert before > 0.2 > after
     assert found["how"].startswith("the edit")
     shown = json.loads(cli(*args, "--json", code=0).stdout)["samples"]
     assert [r["base"]["scores"] for r in shown] == [r["base"]["scores"] for r in rows]

@@ -34,7 +34,7 @@ def texts(tmp_path: Path) -> tuple[str, ...]:
     (tmp_path / "text.txt").write_text("\n".join(load_prose("builtin").paragraphs[:20]).lower())
     return (
         "--prompts", str(tmp_path / "prompts.txt"), "--text", str(tmp_path / "text.txt"),
-        "--scorer", "bad-words", "--max-new-tokens", "8", "--samples", "2", "--passages", "8",
+        "--scorer", "bad-words", "--max-new-tokens", "8", "--samples", "24", "--passages", "48",
     )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from converter.calibration.pairs import Pair, Pairs, Prose, load_pairs, load_pro
 from converter.calibration.split import split
 from converter.calibration.word_list import load_words
 from converter.checkpoints.names import EDIT_FILE
+from converter.checkpoints.plan import read_plan
+from converter.checkpoints.resolve import resolve
 from converter.edits.base import Edit
 from converter.edits.deltas import RemoveSubspace
 from converter.edits.edit_file import load_bases
@@ -31,6 +33,7 @@ from converter.methods.subspace import Removal, Subspace, neutral_energy
 from converter.methods.workbench import Bench
 from converter.models.edited import edited
 from converter.models.loading import load_language_model
+from converter.models.resident import choose_dtype, held_out_dtype
 from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from tests.builders.edits import removal
@@ -268,30 +271,36 @@ def test_a_planted_direction_passes_and_a_massive_one_is_refused(
     assert probe.measure(broken).perplexity_ratio.value > 1.5
 
 
+@pytest.fixture
+def halved(planted: Path, tmp_path: Path) -> Path:
+    """The planted model in bfloat16."""
+    source = shutil.copytree(planted, tmp_path / "model")
+    weights = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
 @pytest.mark.slow
 def test_the_dtype_of_held_out_text_does_not_touch_the_edit(
-    planted: Path, cli: Cli, tmp_path: Path
+    planted: Path, halved: Path, cli: Cli, tmp_path: Path
 ) -> None:
     """The same bytes at a given rank; weights that bfloat16 would round are refused.
 
     Of ranks that do as much, which is chosen may differ: this model has one toxic direction.
     """
-    source = shutil.copytree(planted, tmp_path / "model")
-    weights = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
-    save_file(weights, source / "model.safetensors", {"format": "pt"})
     pairs = ("--pairs", planted.parent / "pairs.jsonl", "-o", "protect_shared=1")
     given = (*pairs, "-o", "protect_own=1", "-o", "rank=1", "--guard-draws", 1)
     made = {}
-    for name in ("auto", "mixed"):
-        cli("convert", source, tmp_path / name, *given, "--forward-dtype", name, code=0)
+    for name in ("float32", "mixed"):
+        cli("convert", halved, tmp_path / name, *given, "--forward-dtype", name, code=0)
         made[name] = read_manifest(tmp_path / name)
     forward = {name: each.forward for name, each in made.items()}
     assert all(each is not None for each in forward.values())
     assert {name: each and each.held_out_dtype for name, each in forward.items()} == {
-        "auto": None, "mixed": "bfloat16",
+        "float32": None, "mixed": "bfloat16",
     }  # fmt: skip
     assert len({each.digests["model.safetensors"] for each in made.values()}) == 1
-    one, other = (made[name].guard for name in ("auto", "mixed"))
+    one, other = (each.guard for each in made.values())
     assert one
     assert other
     assert one.reasons == other.reasons == ()
@@ -301,15 +310,32 @@ def test_the_dtype_of_held_out_text_does_not_touch_the_edit(
     cli("convert", planted, tmp_path / "no", *given, "--forward-dtype", "mixed", code=2, says=says)
 
 
+@pytest.mark.parametrize(
+    ("able", "device", "stored", "expected"),
+    [
+        ({"avx512_bf16": True}, "cpu", "BF16", torch.bfloat16),
+        ({"bf16": True}, "cpu", "BF16", torch.bfloat16),
+        ({"avx512_bf16": True}, "cpu", "F32", torch.float32),
+        ({"avx512_bf16": False}, "cpu", "BF16", torch.float32),
+        ({"avx512_bf16": True}, "cuda", "F32", torch.float32),
+    ],
+)
+def test_held_out_text_is_measured_in_bfloat16_where_that_is_fast_and_exact(
+    able: dict[str, bool], device: str, stored: str, expected: torch.dtype,
+    planted: Path, halved: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    plan = read_plan(resolve(str(halved if stored == "BF16" else planted)))
+    assert held_out_dtype("auto", plan, device) == expected
+    assert choose_dtype("auto", plan, "cpu") == held_out_dtype("float32", plan, "cpu")
+
+
 def test_the_model_of_the_choice_is_released_before_the_guard(
-    planted: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Path, halved: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the fit and the choice ran is gone when a model in another dtype is loaded. The guard
-    has two: continuations are in float32, and measurements in bfloat16.
+    """What the fit ran is gone when a model in another dtype is loaded; choice and guard share
+    one.
     """
-    source = shutil.copytree(planted, tmp_path / "model")
-    weights = {name: x.bfloat16() for name, x in load_file(source / "model.safetensors").items()}
-    save_file(weights, source / "model.safetensors", {"format": "pt"})
     load, loaded, others = load_language_model, list[Any](), list[int]()
 
     def counted(*given: Any) -> Any:
@@ -321,8 +347,8 @@ def test_the_model_of_the_choice_is_released_before_the_guard(
 
     monkeypatch.setattr(workbench, "load_language_model", counted)
     given = (*planted_args(planted, None), "--num-pairs", 60, "--guard-draws", 1)
-    cli("convert", source, tmp_path / "out", *given, "--forward-dtype", "mixed", code=0)
-    assert others == [0, 0, 0, 1]
+    cli("convert", halved, tmp_path / "out", *given, "--forward-dtype", "mixed", code=0)
+    assert others == [0, 0]
 
 
 def test_the_context_is_every_other_word_of_the_toxic_sentences(planted: Path) -> None:

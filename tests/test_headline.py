@@ -203,13 +203,13 @@ def test_continuations_are_drawn_once(
     recipe = Recipe(source=str(planted))
     source, plan, _ = prepare(recipe)
     bench = Bench.of(recipe, source, plan, WORDS, "cpu")
-    texts, draws = prompts.read_text().splitlines()[:20], Draws(samples=1, max_new_tokens=3)
+    texts, draws = prompts.read_text().splitlines()[:120], Draws(samples=1, max_new_tokens=3)
     monkeypatch.setattr(headline, "cache_folder", lambda: tmp_path)
     first = passages_of(bench, texts, draws)
     assert first is not None
     (kept,) = (tmp_path / "continuations").iterdir()
     drawn = json.loads(kept.read_text())
-    assert [len(group) for group in drawn] == [1] * 20
+    assert [len(group) for group in drawn] == [1] * 120
 
     def never(*_: object) -> list[list[str]]:
         raise AssertionError

@@ -65,7 +65,7 @@ def made(place: str, name: str, bench: Bench) -> System:
             f"{place} and {bench.source.name} have different tokenizers",
             hint="give the model that it was made from as the unedited one",
         )
-    load = partial(load_whole, place, bench.device, bench.dtype, how)
+    load = partial(load_whole, place, bench.device, bench.held_out, how)
     if not (folder / MANIFEST).is_file():
         return System(name, load=load)
     manifest = read_manifest(folder)

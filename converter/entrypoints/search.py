@@ -157,9 +157,10 @@ class _Run:
         source, plan, spaces = check_search(recipe, settings)
         prompts = load_search_prompts(recipe, asked)
         words, device = load_words(recipe.word_list), choose_device(recipe.device)
+        bench = Bench.of(recipe, source, plan, words, device, settings)
+        bench.held_out = bench.dtype
         if recipe.forward_dtype == "mixed":
             progress.warn("--forward-dtype mixed: a search runs in float32 alone")
-        bench = Bench.of(recipe, source, plan, words, device, settings)
         pairs, prose = load_texts(bench)
         parts = split(pairs, prose, recipe.seed)
         first = min((space.places[0] for space in spaces if space.places), default=0)

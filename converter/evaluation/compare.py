@@ -59,7 +59,10 @@ def evaluate(
     check_names([UNEDITED, *(system.name for system in given), *fitted_names])
     fits, first = Fits(bench, comparison), given[0] if given else None
     fits.check(first)
-    base = bench.load_resident()
+    fitted: Iterable[System] = fits.systems(first)
+    if bench.held_out != bench.dtype:  # one model is in memory at a time
+        fitted = [*fitted]
+    base = bench.load_resident(bench.held_out)
     passages = _passages(bench, battery)
     results = Evaluation(
         tool=TOOL,
@@ -68,7 +71,6 @@ def evaluate(
         systems=(),
         rows=(),
     )
-    fitted: Iterable[System] = fits.systems(first)
     asked: dict[str, list[str]] | None = None
     if battery.asked.defence:  # its prompts leave out all lessons, so all are fitted now
         fitted = [*fitted]
@@ -143,7 +145,8 @@ def _settings(
         systems=tuple(without_folders(system.name) for system in comparison.systems),
         costs=tuple(comparison.costs),
         device=bench.device,
-        dtype=str(bench.dtype).removeprefix("torch."),
+        dtype=str(bench.held_out).removeprefix("torch."),
+        fit_dtype=str(bench.dtype).removeprefix("torch."),
         word_list=bench.words.sha256,
         neutral=without_folders(recipe.neutral),
         text_sha256=None if text is None else hashlib.sha256(text.encode()).hexdigest(),

@@ -27,7 +27,6 @@ from converter.methods.known import SEPARATOR
 from converter.methods.together import after, parts_of
 from converter.methods.workbench import Bench
 from converter.models.edited import lowest_layer, modules_of
-from converter.models.resident import held_out_dtype
 from converter.recipe import Recipe
 from converter.runtime import progress
 
@@ -127,10 +126,10 @@ def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) ->
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
-    if SEPARATOR not in recipe.method and aim_of(method) != "defence":  # the fit is over by then
-        bench.held_out = held_out_dtype(recipe.forward_dtype, bench.plan, bench.device)
-    elif recipe.forward_dtype == "mixed":
-        progress.warn("--forward-dtype mixed: several methods, and defences, run in float32 alone")
+    if SEPARATOR in recipe.method or aim_of(method) == "defence":  # the fit is not over by then
+        bench.held_out = bench.dtype
+        if recipe.forward_dtype == "mixed":
+            progress.warn("--forward-dtype mixed: several methods, and defences, run in float32")
     first = _lowest_layer(bench.plan, method)
     probe = cache(lambda: probe_of(bench, parts.choose, first, bench.held_out))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)

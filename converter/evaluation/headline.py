@@ -102,7 +102,7 @@ def passages_of(bench: Bench, prompts: Sequence[str], draws: Draws) -> Passages 
         OptionError, SourceError: the model is to be streamed, or memory ran out.
         DestinationError: the cache cannot be written.
     """
-    model = bench.load_resident()
+    model = bench.load_resident(bench.held_out)
     key = cache_key(_continuation_inputs(bench, prompts, draws))
     path = cache_folder() / "continuations" / f"{key}.json"
     drawn = _kept(path, [draws.samples] * len(prompts))
@@ -120,7 +120,7 @@ def _continuation_inputs(bench: Bench, prompts: Sequence[str], draws: Draws) -> 
         "prompts": list(prompts),
         "draws": asdict(draws),
         "device": bench.device.partition(":")[0],
-        "dtype": str(bench.dtype),
+        "dtype": str(bench.held_out),
         "attention": bench.how.attention,
         "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
         "continuation_version": CONTINUATION_VERSION,
@@ -149,7 +149,7 @@ class Headline:
 
     def __init__(self, bench: Bench, prompts: Prompts, prose: Prose) -> None:
         draws = Draws(seed=bench.recipe.seed)
-        model = bench.load_resident()
+        model = bench.load_resident(bench.held_out)
         self._ordinary = ordinary_text(model, prose)
         self._bench, self._model, self._draws = bench, model, draws
         self._prompts = len(prompts.texts)

@@ -47,7 +47,7 @@ from converter.models.loading import (
 )
 from converter.models.pieces import Pieces, keeping
 from converter.models.placement import Forward, choose_forward
-from converter.models.resident import LanguageModel, Model, choose_dtype
+from converter.models.resident import LanguageModel, Model, choose_dtype, held_out_dtype
 from converter.models.transformers_loader import Loading
 from converter.recipe import Recipe, Settings
 from converter.runtime import progress
@@ -122,7 +122,7 @@ class Bench:
             recipe.forward, plan, dtype, device, settings.memory_limit, spread=how.spread
         )
         bench = cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward, how)
-        bench.held_out = dtype
+        bench.held_out = held_out_dtype(recipe.forward_dtype, plan, device)
         return bench
 
     def load(self, dtype: torch.dtype | None = None) -> Model:
@@ -151,10 +151,10 @@ class Bench:
             self.pieces.module = self.model.module
         return self.model
 
-    def load_resident(self) -> LanguageModel:
+    def load_resident(self, dtype: torch.dtype | None = None) -> LanguageModel:
         """The same, in memory as a whole. Raises OptionError or SourceError."""
         self.forward.need_resident()
-        model = self.load()
+        model = self.load(dtype)
         assert isinstance(model, LanguageModel)
         return model
 

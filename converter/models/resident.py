@@ -352,20 +352,27 @@ def choose_device(device: str) -> str:
 def held_out_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
     """The dtype of measurements on held-out text: that of the fit, or with ``mixed`` bfloat16.
 
-    A measurement is a difference between an edited and an unedited model, both in this dtype. The
-    edit itself does not depend on it.
+    ``auto`` is ``mixed`` on a processor that multiplies bfloat16, if bfloat16 does not round the
+    weights. A measurement is a difference between an edited and an unedited model, both in this
+    dtype. The fit does not depend on it.
 
     Raises:
         OptionError: ``mixed``, and bfloat16 would round the weights.
     """
-    if asked != "mixed":
-        return choose_dtype(asked, plan, device)
-    if stored := sorted({target.info.dtype for target in plan.targets} - {"BF16"}):
+    stored = {target.info.dtype for target in plan.targets} - {"BF16"}
+    if asked == "mixed" and stored:
         raise OptionError(
-            "--forward-dtype mixed", expected="weights stored in bfloat16", found=stored[0],
+            "--forward-dtype mixed", expected="weights stored in bfloat16", found=min(stored),
             hint="give --forward-dtype float32",
         )  # fmt: skip
-    return torch.bfloat16
+    fast = asked == "auto" and device == "cpu" and not stored and _multiplies_bfloat16()
+    return torch.bfloat16 if asked == "mixed" or fast else choose_dtype(asked, plan, device)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for it; else bfloat16 is slower than float32."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch < 2.10
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def choose_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:

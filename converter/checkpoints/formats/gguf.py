@@ -127,16 +127,19 @@ def load(path: Path) -> tuple[Any, Any]:
 
     check_header(path)
     try:
+        from gguf import GGUFReader
+
         with temporary_folder() as alone:
             (alone / path.name).symlink_to(path.resolve())
             with redirect_stderr(io.StringIO()):
-                _check_size(path, alone)
+                config = _config(path, alone)
             with (
                 progress.bar(f"unpack {readable(path.name)}", 100, "%") as shown,
                 redirect_stderr(_Percent(shown)),  # its progress bar cannot be turned off
             ):
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     alone,
+                    config=config,
                     gguf_file=path.name,
                     local_files_only=True,
                     trust_remote_code=False,
@@ -145,6 +148,7 @@ def load(path: Path) -> tuple[Any, Any]:
                     output_loading_info=True,
                 )
                 tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
+        reader = GGUFReader(path)
     except ConverterError:
         raise
     except ImportError as error:
@@ -159,8 +163,8 @@ def load(path: Path) -> tuple[Any, Any]:
             found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
         ) from error
     model, info = loaded
-    _check_complete(path, model, info)
-    _read_positions(path, model.config)
+    _check_complete(path, reader, model, info)
+    _read_positions(path, reader, model.config)
     return model, tokenizer
 
 
@@ -178,9 +182,9 @@ class _Percent(io.StringIO):
         return len(text)
 
 
-def _check_size(path: Path, folder: Path) -> None:
-    """Refuse a header that describes a larger model than the file (linked in ``folder``) can hold,
-    since the model would be made first.
+def _config(path: Path, folder: Path) -> Any:
+    """The config in the header of a file (linked in ``folder``); refused if it describes a larger
+    model than the file can hold, since the model would be made first.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -193,19 +197,18 @@ def _check_size(path: Path, folder: Path) -> None:
     named, size = sum(p.numel() for p in model.parameters()), path.stat().st_size
     if named * _SMALLEST > 8 * size:
         raise _incomplete(path, expected=f"{named:,} weights", found=f"{size:,} bytes")
+    return config
 
 
-def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
+def _check_complete(path: Path, reader: Any, model: Any, info: dict[str, Any]) -> None:
     """Refuse other tensors than the model's: transformers fills missing ones with random numbers,
     and ignores surplus ones.
     """
-    from gguf import GGUFReader
-
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, info[what])):
             found = f"{len(names)} {what.replace('_', ' ')}, the first {names[0]}"
             raise _incomplete(path, found=found)
-    parts = (str(tensor.name).split(".") for tensor in GGUFReader(path).tensors)
+    parts = (str(tensor.name).split(".") for tensor in reader.tensors)
     blocks = {int(part[1]) for part in parts if part[0] == "blk" and part[1].isdigit()}
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if blocks != set(range(layers)):
@@ -215,13 +218,11 @@ def _check_complete(path: Path, model: Any, info: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _read_positions(path: Path, config: Any) -> None:
+def _read_positions(path: Path, reader: Any, config: Any) -> None:
     """Put the file's scaling of positions into a config. transformers reads it for few models, and
     would run the others with wrong positions on long texts.
     """
-    from gguf import GGUFReader
-
-    reader, parameters = GGUFReader(path), getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
     keys = {key.partition(".rope.")[2]: key for key in reader.fields}
     said = {k: reader.fields[name].contents() for k, name in keys.items() if k.startswith(_SCALES)}
     tensors = {t.name: t.data for t in reader.tensors if t.name.startswith("rope_f")}
