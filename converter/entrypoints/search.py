@@ -158,9 +158,6 @@ class _Run:
         prompts = load_search_prompts(recipe, asked)
         words, device = load_words(recipe.word_list), choose_device(recipe.device)
         bench = Bench.of(recipe, source, plan, words, device, settings)
-        bench.held_out = bench.dtype
-        if recipe.forward_dtype == "mixed":
-            progress.warn("--forward-dtype mixed: a search runs in float32 alone")
         pairs, prose = load_texts(bench)
         parts = split(pairs, prose, recipe.seed)
         first = min((space.places[0] for space in spaces if space.places), default=0)
@@ -178,7 +175,7 @@ class _Run:
             "recipe": {name: getattr(recipe, name) for name in _SHARED},
             "texts": [pairs.sha256, prose.sha256, words.sha256, prompts and prompts.sha256],
             "device": bench.device.partition(":")[0],
-            "dtype": str(bench.dtype),
+            "dtypes": [str(bench.dtype), str(bench.held_out)],
             "attention": bench.how.attention,
             "libraries": {name: version(name) for name in _LIBRARIES},
         }

@@ -157,7 +157,7 @@ class Search:
         if not own.is_free:
             return space.default_point(None)
         with progress.stage("choose", f"choosing the {space.default.strength} of the default"):
-            probe = probe_of(self.bench, self.parts.choose)
+            probe = probe_of(self.bench, self.parts.choose, dtype=self.bench.held_out)
             try:
                 strength = choose_strength(probe, own, self._budget).strength
             except GuardError as error:

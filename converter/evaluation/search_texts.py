@@ -35,6 +35,7 @@ from converter.models.likelihood import (
     weighed,
     word_changes,
 )
+from converter.models.resident import LanguageModel
 
 SHARES = (0.25, 0.5, 1.0)
 """The shares of the search part on which a trial is measured, in order."""
@@ -98,7 +99,8 @@ class SearchTexts:
     """The search part, and its log-probabilities under the unedited model.
 
     Args:
-        bench: whose unedited model is run, in the dtype of the fit.
+        bench: whose unedited model is run, in the dtype of its measurements. A fit that needs
+            another one in between releases it.
         part: the part of the texts on which a strength is chosen.
         prompts: to be continued by the unedited model; None for none.
         first: the lowest layer that any trial edits.
@@ -114,7 +116,7 @@ class SearchTexts:
     """
 
     def __init__(self, bench: Bench, part: Part, prompts: Prompts | None, first: int) -> None:
-        self._model, self._plan = bench.load_resident(), bench.plan
+        self._bench = bench
         texts, self.prompts = _texts_of(bench, part), prompts
         self.fallback: str | None = None
         self.own = False
@@ -140,10 +142,14 @@ class SearchTexts:
             for number in range(len(SHARES))
         ]
 
+    @property
+    def _model(self) -> LanguageModel:
+        return self._bench.load_resident(self._bench.held_out)
+
     def _with_before(self, texts: Mapping[str, _Text], first: int) -> _Added:
-        scored = [texts[kind].sentences for kind in _SCORED if kind in texts]
-        entered = entering(self._model, scored, first)
-        values = log_probabilities(self._model, scored, entered)
+        scored, model = [texts[kind].sentences for kind in _SCORED if kind in texts], self._model
+        entered = entering(model, scored, first)
+        values = log_probabilities(model, scored, entered)
         kinds = (kind for kind in _SCORED if kind in texts)
         return _Added(texts, dict(zip(kinds, values, strict=True)), entered)
 
@@ -153,18 +159,18 @@ class SearchTexts:
         Yields the share, its measurements, and the divergence on ordinary text. A share is only run
         when it is asked for.
         """
-        lowest = lowest_edited(self._plan, edit)
-        run = editing(self._model.module, self._plan, edit)
+        model, plan = self._model, self._bench.plan
+        lowest, run = lowest_edited(plan, edit), editing(model.module, plan, edit)
         seen: dict[str, list[LogProbabilities]] = {}
         for number, share in enumerate(SHARES):
             added = self._added[number]
             entered = added.entered if added.entered and added.entered.layer <= lowest else None
             scored = [added.texts[kind].sentences for kind in added.before]
-            (after,) = log_probabilities_under(self._model, [run], scored, entered)
+            (after,) = log_probabilities_under(model, [run], scored, entered)
             for kind, values in zip(added.before, after, strict=True):
                 seen.setdefault(kind, []).append(values)
             ordinary = added.texts[_ORDINARY].sentences
-            moved = divergences(self._model, self._model, [run], ordinary)
+            moved = divergences(model, model, [run], ordinary)
             seen.setdefault(_ORDINARY, []).extend(moved)
             yield share, self._measured(seen), _mean(seen[_ORDINARY])
 
@@ -208,7 +214,7 @@ def _texts_of(bench: Bench, part: Part) -> dict[str, _Text]:
     Raises:
         DataError: it has a single paragraph, at which no standard error can be known.
     """
-    model = bench.load_resident()
+    model = bench.load_resident(bench.held_out)
     encode, pairs = Encoder(model.tokenizer, model.module), part.pairs.pairs
     groups = [pair.group or pair.neutral for pair in pairs]
     prose = part.prose.paragraphs
