@@ -22,6 +22,7 @@ from converter.checkpoints.plan import Plan
 from converter.checkpoints.source import Source
 from converter.entrypoints.methods import request_of
 from converter.evaluation.continuations import Draws, generate
+from converter.evaluation.fit import settle_dtype
 from converter.evaluation.headline import (
     load_headline_prompts,
     ordinary_text,
@@ -107,6 +108,7 @@ def estimate_time(
     """
     words = load_words(recipe.word_list)
     bench = Bench.of(recipe, source, plan, words, choose_device(recipe.device), settings)
+    settle_dtype(bench, method)
     origin = "builtin" if recipe.pairs == SELF else recipe.pairs
     pairs = load_pairs(origin, words, recipe.num_pairs, recipe.seed)
     parts = split(pairs, load_prose(recipe.neutral), recipe.seed)
@@ -188,6 +190,8 @@ class _Measured:
 
     def held_out(self, choose: Part, report: Part, stages: dict[str, float]) -> None:
         """Add the choice of the strength and the guard, which read held-out text."""
+        seconds, self._model = _timed(lambda: self._bench.load(self._bench.held_out))
+        stages["load"] += seconds
         plan, method, recipe = self._bench.plan, self._method, self._bench.recipe
         first = lowest_layer(plan.architecture, modules_of(plan, footprint_of(method, plan)))
         some = [self._sentences(_some(report, _MORE))]

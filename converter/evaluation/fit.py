@@ -126,10 +126,7 @@ def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) ->
     if recipe.activations is not None:
         known = Part(*texts_of_file(recipe.activations, parts.fit.pairs, parts.fit.prose))
         parts = replace(parts, fit=known)
-    if SEPARATOR in recipe.method or aim_of(method) == "defence":  # the fit is not over by then
-        bench.held_out = bench.dtype
-        if recipe.forward_dtype == "mixed":
-            progress.warn("--forward-dtype mixed: several methods, and defences, run in float32")
+    settle_dtype(bench, method)
     first = _lowest_layer(bench.plan, method)
     probe = cache(lambda: probe_of(bench, parts.choose, first, bench.held_out))
     steps = fit_steps(bench, recipe.method, method, parts.fit, probe)
@@ -145,6 +142,16 @@ def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) ->
             found = _guard(bench, report, last, headline)
     said = headline.said if isinstance(headline, Headline) else ()
     return Fitted(parts, steps, last.edit, found, prompts, said)
+
+
+def settle_dtype(bench: Bench, method: Method) -> None:
+    """Measure in the dtype of the fit where one model has to serve both: with several methods, of
+    which each is measured before the next is fitted, and with defences.
+    """
+    if SEPARATOR in bench.recipe.method or aim_of(method) == "defence":
+        bench.held_out = bench.dtype
+        if bench.recipe.forward_dtype == "mixed":
+            progress.warn("--forward-dtype mixed: several methods, and defences, run in float32")
 
 
 def check_instances(recipe: Recipe, method: Method, *, examined: bool) -> None:
