@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from tests.bench.job import Took, job, rows
 from tests.bench.synthetic import Llama, shard_limit, write_llama
-from tests.builders.models import planned
+from tests.builders.models import Checkpoints, planned, tiny_recipe
 
 TINY = Llama(layers=12, hidden=32, ffn=128, vocabulary=300, heads=4, kv_heads=2)
 
@@ -44,3 +45,18 @@ def test_a_synthetic_model_is_planned(tmp_path: Path, tied: bool) -> None:
 def test_a_size_is_met_to_half_a_layer(gigabytes: float) -> None:
     model = Llama.of_bytes(gigabytes * 1e9)
     assert abs(model.nbytes - gigabytes * 1e9) < 0.51 * 134.3e6
+
+
+def test_the_stages_of_a_job_are_all_that_it_took(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    source = checkpoints("llama")
+    recipe = {
+        name: getattr(tiny_recipe(source), name)
+        for name in ("num_pairs", "method", "options", "guard", "prompts")
+    }
+    took = job(str(source), recipe, str(tmp_path / "out"))
+    assert {"import", "plan", "activations", "fit", "edit", "verify", "other"} <= took.stages.keys()
+    assert sum(took.stages.values()) == pytest.approx(took.cpu)
+    assert all(seconds >= 0 for seconds in took.stages.values()), took.stages
+    assert took.said.startswith("strength ")
+    one = Took(took.cpu / 2, took.wall)
+    assert rows([took], [one])["whole job"] == 2

@@ -79,7 +79,7 @@ def job(source: str, options: dict[str, Any], out: str) -> Took:
     from converter.runtime import progress
 
     stages = {"import": time.process_time() - cpu}
-    clock = SimpleNamespace(perf_counter=time.process_time)
+    clock = SimpleNamespace(**{**vars(time), "perf_counter": time.process_time})
     with patch.object(progress, "time", clock), progress.recording() as told:
         manifest = convert(Recipe(source=source, **options), out)
     found = Took(time.process_time() - cpu, time.perf_counter() - wall)
