@@ -11,8 +11,9 @@ import math
 import re
 import shutil
 import struct
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
@@ -127,9 +128,7 @@ def load(path: Path) -> tuple[Any, Any]:
 
     check_header(path)
     try:
-        from gguf import GGUFReader
-
-        with temporary_folder() as alone:
+        with temporary_folder() as alone, _parsed_once() as parse:
             (alone / path.name).symlink_to(path.resolve())
             with redirect_stderr(io.StringIO()):
                 config = _config(path, alone)
@@ -148,7 +147,7 @@ def load(path: Path) -> tuple[Any, Any]:
                     output_loading_info=True,
                 )
                 tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
-        reader = GGUFReader(path)
+            reader = parse(str(alone / path.name))
     except ConverterError:
         raise
     except ImportError as error:
@@ -166,6 +165,22 @@ def load(path: Path) -> tuple[Any, Any]:
     _check_complete(path, reader, model, info)
     _read_positions(path, reader, model.config)
     return model, tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[Callable[[str], Any]]:
+    """Within this context, a file is parsed once: transformers would do so for the config, the
+    tensors and the tokenizer, in seconds each.
+    """
+    import gguf
+
+    library: Any = gguf
+    known = library.GGUFReader
+    library.GGUFReader = parse = cache(known)
+    try:
+        yield parse
+    finally:
+        library.GGUFReader = known
 
 
 class _Percent(io.StringIO):
