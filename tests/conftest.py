@@ -45,6 +45,14 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache folder of the test alone."""
+    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
+    with using_cache(tmp_path / "cache"):
+        yield
+
+
+@pytest.fixture
 def cli(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """``tests.builders.invoke``, with the cache that tests share."""
     monkeypatch.setenv("GLOSS_CACHE_DIR", str(shared_cache))

@@ -17,7 +17,7 @@ from converter.errors import DestinationError, PublishError
 from converter.hub import store_uploads
 from converter.hub.store_uploads import upload
 from converter.hub.stores import plain_errors
-from converter.runtime.cache import outgoing, using_cache
+from converter.runtime.cache import outgoing
 from tests.builders.errors import refused
 from tests.builders.invoke import invoke
 from tests.builders.models import TINY_ARGS, Checkpoints
@@ -26,11 +26,7 @@ from tests.builders.object_stores import BUCKET, connect, drop, fetch, objects, 
 PLACE = "memory://results/out"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
-    with using_cache(tmp_path / "cache"):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

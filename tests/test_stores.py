@@ -16,7 +16,7 @@ from converter.hub.addresses import model_place
 from converter.hub.store_addresses import is_store
 from converter.hub.stores import Store
 from converter.runtime import extras
-from converter.runtime.cache import cache_folder, using_cache
+from converter.runtime.cache import cache_folder
 from tests.builders.errors import refused
 from tests.builders.invoke import invoke
 from tests.builders.models import TINY_ARGS, Checkpoints
@@ -25,11 +25,7 @@ from tests.builders.object_stores import BUCKET, connect, drop, objects, put, s3
 PLACE = "memory://tiny-models/acme/tiny"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("GLOSS_CACHE_DIR", str(tmp_path / "cache"))
-    with using_cache(tmp_path / "cache"):
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
