@@ -46,10 +46,10 @@ HERE = {
     "--system random@perplexity --seeds 3 --pairs paradetox.tsv --num-pairs 1000 "
     "--prompts prompts.jsonl --num-prompts 150 --passages 5 --text wikitext2_test.txt "
     "--text-tokens 8192 --results results.json": f"{EVALUATED} --seeds 1",
-    "gloss evaluate demo --system gloss --system gloss+destein --system random --pairs "
-    "paradetox.tsv --num-pairs 1000 --prompts prompts300.jsonl --num-prompts 300 --samples 5 "
-    "--no-greedy --passages 8 --generation-batch-size 128 --text wikitext2_test.txt --text-tokens "
-    "8192 --results generated.json": EVALUATED,
+    "gloss evaluate demo --system gloss --system gloss+destein --system random --system profs "
+    "--pairs paradetox.tsv --num-pairs 1000 --prompts prompts300.jsonl --num-prompts 300 "
+    "--samples 25 --no-greedy --passages 8 --generation-batch-size 128 --text wikitext2_test.txt "
+    "--text-tokens 8192 --results generated.json": EVALUATED,
     "gloss-convert MODEL ./out --method gloss+destein": "--num-pairs 100 -o gloss.layers=2-4",
     "gloss guide": "",
     "gloss methods": "",
