@@ -756,7 +756,7 @@ class EvaluationSettings(Record, kw_only=True):
         costs: perplexity ratios that strengths were chosen for; empty for the strength under the
             budget.
         dtype: of the measurements.
-        fit_dtype: of the forward passes that systems were fitted with.
+        fit_dtype: of the forward passes that systems were fitted, and their strengths chosen, with.
         word_list: its sha256.
         text_sha256: of the text for perplexity; None if there was none.
         options: of the method, as typed.

@@ -114,8 +114,8 @@ class Recipe(Options):
     )] = "auto"
     forward_dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16", "mixed"], Option(
         "Dtype of the forward pass; auto chooses by the stored dtype and the device; mixed fits in "
-        "float32 and measures held-out text in bfloat16, which auto does, too, on a processor that "
-        "multiplies it.",
+        "float32 and measures held-out text in bfloat16; auto does so, too, if the processor "
+        "multiplies bfloat16 and all weights are stored in it.",
     )] = "auto"
     forward: Annotated[Literal["auto", "resident", "streamed"], Option(
         "How the model runs: resident, the whole model in memory; streamed, one layer at a time; "

@@ -24,6 +24,7 @@ from converter.edits.deltas import RemoveSubspace
 from converter.edits.edit_file import load_bases
 from converter.entrypoints.convert import prepare
 from converter.errors import DataError, GuardError
+from converter.evaluation import measure
 from converter.evaluation.guard import examine, judge
 from converter.evaluation.heldout import Probe, choose_strength, nearest_strength, probe_of
 from converter.manifest import Estimate, Measured, Origin
@@ -38,7 +39,7 @@ from converter.recipe import Recipe
 from converter.release.manifest import read_manifest
 from tests.builders.edits import removal
 from tests.builders.errors import refused
-from tests.builders.invoke import Cli
+from tests.builders.invoke import Cli, invoke
 from tests.builders.planted import AXES, MASSIVE, TOXIC, WRITING, planted_args
 
 WORDS = load_words("builtin")
@@ -330,25 +331,61 @@ def test_held_out_text_is_measured_in_bfloat16_where_that_is_fast_and_exact(
     assert choose_dtype("auto", plan, "cpu") == held_out_dtype("float32", plan, "cpu")
 
 
-def test_the_model_of_the_choice_is_released_before_the_guard(
-    planted: Path, halved: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the fit ran is gone when a model in another dtype is loaded; choice and guard share
-    one.
-    """
-    load, loaded, others = load_language_model, list[Any](), list[int]()
+FAST = {"avx512_bf16": True}
 
-    def counted(*given: Any) -> Any:
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The dtype of each model that is loaded, and how many others are in memory then."""
+    load, models, found = load_language_model, list[Any](), list[tuple[str, int]]()
+
+    def counted(source: Any, plan: Any, tokenizer: Any, dtype: torch.dtype, *given: Any) -> Any:
         gc.collect()
-        others.append(sum(module() is not None for module in loaded))
-        found = load(*given)
-        loaded.append(weakref.ref(found.module))
-        return found
+        name = str(dtype).removeprefix("torch.")
+        found.append((name, sum(module() is not None for module in models)))
+        made = load(source, plan, tokenizer, dtype, *given)
+        models.append(weakref.ref(made.module))
+        return made
 
-    monkeypatch.setattr(workbench, "load_language_model", counted)
-    given = (*planted_args(planted, None), "--num-pairs", 60, "--guard-draws", 1)
-    cli("convert", halved, tmp_path / "out", *given, "--forward-dtype", "mixed", code=0)
-    assert others == [0, 0]
+    for module in (workbench, measure):
+        monkeypatch.setattr(module, "load_language_model", counted)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: FAST, raising=False)
+    return found
+
+
+FEW = ("--num-pairs", 60, "--guard-draws", 1)
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(
+    ("words", "more", "dtypes"),
+    [
+        (("convert", "MODEL", "OUT"), FEW, ["float32", "bfloat16"]),
+        (("convert", "MODEL", "OUT"), (*FEW, "-o", "rank=1", "--no-guard"), ["float32"]),
+        (
+            ("convert", "MODEL", "OUT"), (*FEW, "--evaluate", "--system", "random", "--no-greedy"),
+            ["float32", "bfloat16"],
+        ),
+        (("search", "MODEL"), (*FEW, "--trials", 2), ["float32", "bfloat16"]),
+        (("plan", "MODEL"), (*FEW, "--time"), ["float32", "bfloat16"]),
+        (("evaluate", "MODEL"), ("--system", "gloss", "--num-pairs", 60), ["float32", "bfloat16"]),
+    ],
+    ids=["convert", "no guard", "evaluate after", "search", "plan", "evaluate"],
+)  # fmt: skip
+def test_one_model_is_in_memory_at_a_time(
+    words: tuple[str, ...], more: tuple[Any, ...], dtypes: list[str],
+    planted: Path, halved: Path, tmp_path: Path, loads: list[tuple[str, int]],
+) -> None:  # fmt: skip
+    """In whichever dtype: the model of the fit is gone when that of the measurements is loaded."""
+    places = {"MODEL": halved, "OUT": tmp_path / "out"}
+    typed = [places.get(word, word) for word in words]
+    invoke(*typed, *planted_args(planted, None), *more, code=0)
+    assert [number for _, number in loads] == [0] * len(loads), loads
+    assert list(dict.fromkeys(dtype for dtype, _ in loads)) == dtypes
+    if words[0] == "convert" and (tmp_path / "out").exists():
+        forward = read_manifest(tmp_path / "out").forward
+        assert forward
+        assert forward.held_out_dtype == (dtypes[1] if dtypes[1:] else None)
 
 
 def test_the_context_is_every_other_word_of_the_toxic_sentences(planted: Path) -> None:

@@ -60,7 +60,7 @@ class Two:
             OptionError, DataError, SourceError: see ``generate`` and ``as_prompt``.
         """
         bench, words = self.bench, self.bench.words
-        before = self._texts(bench.load_resident(), prompts)
+        before = self._texts(bench.load_measured(), prompts)
         after = self._after(prompts)
         lists = masks(words, mask=bench.recipe.mask)
         return side_by_side(prompts, (before, after), words, self.scorers, lists)
@@ -68,7 +68,7 @@ class Two:
     def _after(self, prompts: Sequence[str]) -> list[list[str]]:
         bench, edit = self.bench, self.system.edit
         if self.hooked and edit is not None:
-            model = bench.load_resident()
+            model = bench.load_measured()
             hooks: AbstractContextManager[None] = edited(model.module, bench.plan, edit)
             with hooks:
                 return self._texts(model, prompts, self.system.suffix)

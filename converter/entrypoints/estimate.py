@@ -13,6 +13,8 @@ from math import ceil
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from converter.calibration.collect import extract
 from converter.calibration.pairs import Pairs, Prose, load_pairs, load_prose
 from converter.calibration.split import Part, split
@@ -115,7 +117,7 @@ def estimate_time(
     stages: dict[str, float] = {}
     with progress.stage("time", "measuring passes of a few texts"):
         source.fetch()
-        stages["load"], _ = _timed(bench.load)
+        stages["load"] = _timed(bench.load)[0]
         measured = _Measured(bench, method)
         not_counted = [*measured.fit(parts.fit, stages), *measured.others()]
         measured.held_out(parts.choose, parts.report, stages)
@@ -147,9 +149,17 @@ class _Measured:
     """
 
     def __init__(self, bench: Bench, method: Method) -> None:
-        self._bench, self._method, self._model = bench, method, bench.load()
-        self._encode = Encoder(self._model.tokenizer, self._model.module)
+        self._bench, self._method = bench, method
+        self._load(bench.dtype)
         self.texts, self.tokens, self.seconds = 0, 0, 0.0
+
+    def _load(self, dtype: torch.dtype) -> float:
+        """Take the model in a dtype, without the one before. Returns the seconds."""
+        self._model: Any = None
+        self._encode: Any = None
+        seconds, self._model = _timed(lambda: self._bench.load(dtype))
+        self._encode = Encoder(self._model.tokenizer, self._model.module)
+        return seconds
 
     def _run(self, work: Callable[[], Any], texts: int, tokens: int) -> float:
         seconds, _ = _timed(work)
@@ -190,9 +200,11 @@ class _Measured:
 
     def held_out(self, choose: Part, report: Part, stages: dict[str, float]) -> None:
         """Add the choice of the strength and the guard, which read held-out text."""
-        seconds, self._model = _timed(lambda: self._bench.load(self._bench.held_out))
-        stages["load"] += seconds
         plan, method, recipe = self._bench.plan, self._method, self._bench.recipe
+        free = [name for name in strengths_of(method) if options_of(method).get(name) is None]
+        if not free and not recipe.guard:
+            return
+        stages["load"] += self._load(self._bench.held_out)
         first = lowest_layer(plan.architecture, modules_of(plan, footprint_of(method, plan)))
         some = [self._sentences(_some(report, _MORE))]
         tokens, texts = sum(len(each.ids) for each in some[0]), len(some[0])
@@ -208,7 +220,6 @@ class _Measured:
         alone = under(1, entered)
         above, once = _Line.through(alone, under(_EDITS, entered)), whole / tokens
         below = max(once - alone[1] / tokens, 0.0)
-        free = [name for name in strengths_of(method) if options_of(method).get(name) is None]
         if free:
             size, tries = self._size(choose), _TRIES * len(free)
             stages["choose"] = size * below + above.at(2 * size) + (tries - 1) * above.at(size)

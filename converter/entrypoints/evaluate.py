@@ -118,6 +118,7 @@ def evaluation_of(
 
     def prepared(bench: Bench) -> Callable[[Fitted, Method], Evaluation]:
         def run(fitted: Fitted, method: Method) -> Evaluation:
+            bench.unload()  # the copy holds a model of its own
             own = replace(bench, recipe=replace(bench.recipe, options=options))
             strength, lesson = fitted.choice.strength, fitted.proposal.lesson
             layers, bias = edited_layers(method, bench.plan, fitted.edit)

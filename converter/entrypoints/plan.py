@@ -20,7 +20,7 @@ from converter.hub.addresses import settled
 from converter.methods.base import Method, footprint_of
 from converter.methods.together import options_of, strengths_of
 from converter.models.placement import choose_forward, margin, needed_weights
-from converter.models.resident import choose_device, choose_dtype
+from converter.models.resident import choose_device, choose_dtype, held_out_dtype
 from converter.outputs.base import output_of
 from converter.recipe import SELF, Recipe, Settings, without_folders
 from converter.runtime.memory import resident_memory
@@ -56,6 +56,7 @@ def describe_plan(
     edited = Counter(weight.shard for weight in weights)
     sizes = sorted((weight.info.nbytes for weight in weights), reverse=True)
     device = choose_device(recipe.device)
+    held_out_dtype(recipe.forward_dtype, plan, device)
     dtype = choose_dtype(recipe.forward_dtype, plan, device)
     forward = choose_forward(
         recipe.forward, plan, dtype, device, settings.memory_limit, spread=recipe.device == "map"

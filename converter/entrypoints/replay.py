@@ -242,6 +242,9 @@ def _compare_fit(
     """
     source, plan, method = prepare(recipe)
     bench = Bench.of(recipe, source, plan, load_words(recipe.word_list), device, settings)
+    if (ran := recording.manifest.forward) is not None:
+        named = ran.held_out_dtype
+        bench.held_out = getattr(torch, named) if named else bench.dtype
     pairs, prose = load_texts(bench)
     if others := other_texts(recording.manifest, recipe, pairs, prose, bench.words):
         raise VerificationError(

@@ -27,7 +27,7 @@ from converter.manifest import GuardRecord, SearchRecord, SearchTrial
 from converter.methods.options import configure
 from converter.methods.workbench import Bench
 from converter.models.placement import choose_forward
-from converter.models.resident import choose_device, choose_dtype
+from converter.models.resident import choose_device, choose_dtype, held_out_dtype
 from converter.option import declared_options
 from converter.outputs.base import output_of
 from converter.recipe import SELF, Recipe, Settings
@@ -80,6 +80,7 @@ def search_model(recipe: Recipe, asked: SearchOptions, settings: Settings) -> Se
         return found
     chosen, (pairs, prose) = found.recipe, run.texts
     method = configure(chosen.method, chosen.options, run.bench.plan.dimensions, run.implied)
+    run.bench.unload()  # the copy holds a model of its own
     bench = replace(run.bench, recipe=chosen)
     guard = fit_and_measure(bench, method, pairs, prose).guard
     return replace(found, record=with_kept(found.record, guard), guard=guard)
@@ -109,6 +110,7 @@ def check_search(recipe: Recipe, settings: Settings) -> tuple[Source, Plan, list
         source, plan, _ = prepare(own)
         spaces.append(Space.of(own.method, own.options, implied, plan))
     device, spread = choose_device(recipe.device), recipe.device == "map"
+    held_out_dtype(recipe.forward_dtype, plan, device)
     dtype = choose_dtype(recipe.forward_dtype, plan, device)
     limit = settings.memory_limit
     forward = choose_forward(recipe.forward, plan, dtype, device, limit, spread=spread)

@@ -49,7 +49,9 @@ def evaluate(
         bench: the unedited model, and everything that a fit needs.
         comparison: the systems to fit.
         given: systems that need no fit; controls are matched to the first.
-        kept: a file that is rewritten after every system, since an evaluation can be long.
+        kept: a file that is rewritten after every system, since an evaluation can be long. Where
+            measurements have another dtype than fits, all systems are fitted before the first is
+            measured.
         continuations: a file for the data behind the numbers; see ``rows``.
 
     Raises:
@@ -62,7 +64,7 @@ def evaluate(
     fitted: Iterable[System] = fits.systems(first)
     if bench.held_out != bench.dtype:  # one model is in memory at a time
         fitted = [*fitted]
-    base = bench.load_resident(bench.held_out)
+    base = bench.load_measured()
     passages = _passages(bench, battery)
     results = Evaluation(
         tool=TOOL,

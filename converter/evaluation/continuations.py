@@ -28,6 +28,9 @@ from converter.models.pieces import pieces_of
 from converter.models.resident import LanguageModel
 from converter.runtime import progress
 
+CONTINUATION_VERSION = 2
+"""Version of the drawing. Raise it if ``generate`` comes to give other texts."""
+
 
 def generate(
     model: LanguageModel,
@@ -50,8 +53,8 @@ def generate(
         model: in eval mode; its parts may be on several devices. Inputs go to the device of the
             embeddings, or to the model's if that is unknown (for offloaded weights).
         samples: continuations drawn for each prompt; 0 for a single greedy one.
-        top_p: samples are drawn at temperature 1 from the fewest tokens that together have this
-            share of the probability.
+        top_p: over 0; samples are drawn at temperature 1 from the fewest tokens that together have
+            this share of the probability.
         batch_size: continuations written at a time. Samples depend on it; greedy continuations only
             by rounding.
         seed: of the samples. They neither depend on nor change the state of other random draws.
@@ -126,27 +129,30 @@ def _prepared(module: nn.Module) -> Iterator[None]:
     """Empty the model's own generation config, from which generate() takes the settings that we
     omit; and give the head contiguous hidden states.
 
-    Of a prompt, generate() gives it a slice of them. PyTorch multiplies a slice in bfloat16 by a
-    copy of the head for each prompt: on a CPU, this takes longer than all the rest.
+    After a prompt, generate() passes the last positions as a view with gaps. For such a view,
+    PyTorch copies the head in bfloat16 once for each prompt: on a CPU, this takes longer than all
+    the rest.
     """
-    own, head = module.generation_config, module.get_output_embeddings()  # type: ignore[operator]
-    module.generation_config = GenerationConfig()  # type: ignore[assignment, no-untyped-call]
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-        module.generation_config = own
+    head, own = module.get_output_embeddings(), module.generation_config  # type: ignore[operator]
+    with head.register_forward_pre_hook(_contiguous):
+        module.generation_config = GenerationConfig()  # type: ignore[assignment, no-untyped-call]
+        try:
+            yield
+        finally:
+            module.generation_config = own
+
+
+def _contiguous(head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.contiguous() if isinstance(each, Tensor) else each for each in given)
 
 
 class _Nucleus(LogitsProcessor):
     """Draws the next token from the fewest that together have the probability ``top_p``, and leaves
-    it as the only choice.
+    it as the only choice. Tokens as likely as the last of them count as well.
 
-    A token of the whole vocabulary is drawn until one is among these: until those that are
-    likelier have less than ``top_p`` together. generate() draws from the same distribution, but
-    sorts the vocabulary and takes a random number for each token of it. That is two thirds of
-    the time of a small model on a CPU.
+    A token is drawn from the whole vocabulary, and kept if the likelier ones have less than
+    ``top_p`` together; else another is drawn. generate() would sort the vocabulary, and take a
+    random number for each token of it: two thirds of the time of a small model on a CPU.
     """
 
     def __init__(self, top_p: float) -> None:
@@ -157,10 +163,10 @@ class _Nucleus(LogitsProcessor):
         chosen = torch.full_like(scores, -torch.inf)
         chances, rows = scores.softmax(-1), torch.arange(len(scores), device=scores.device)
         while len(rows):
-            # of two draws it makes a table; for one it would need V random numbers
+            # for a single draw, multinomial would take V random numbers
             token = torch.multinomial(chances, 2, replacement=True)[:, :1]
             likelier = (chances * (chances > chances.gather(-1, token))).sum(-1)
-            inside = likelier < self.top_p
+            inside = (likelier < self.top_p) | (self.top_p >= 1)
             chosen[rows[inside], token[inside, 0]] = 0
             chances, rows = chances[~inside], rows[~inside]
         return chosen

@@ -145,8 +145,8 @@ def fit_and_measure(bench: Bench, method: Method, pairs: Pairs, prose: Prose) ->
 
 
 def settle_dtype(bench: Bench, method: Method) -> None:
-    """Measure in the dtype of the fit where one model has to serve both: with several methods, of
-    which each is measured before the next is fitted, and with defences.
+    """Set the dtype of measurements to that of the fit where one model has to serve both: with
+    several methods, of which each is measured before the next is fitted, and with defences.
     """
     if SEPARATOR in bench.recipe.method or aim_of(method) == "defence":
         bench.held_out = bench.dtype

@@ -18,7 +18,7 @@ import msgspec
 from converter.calibration.pairs import Prose
 from converter.calibration.statistics import cache_key
 from converter.edits.base import Edit
-from converter.evaluation.continuations import Draws
+from converter.evaluation.continuations import CONTINUATION_VERSION, Draws
 from converter.evaluation.passages import Passages, find_passages, passages_measured
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.manifest import HeadlineRecord, WordsMeasured
@@ -37,9 +37,6 @@ MOST_PROMPTS = 150
 
 _LEAST_WORDS, _LEAST_PROMPTS = 30, 10
 """The least toxic words, and prompts before them, to judge an edit by."""
-
-CONTINUATION_VERSION = 1
-"""Version of the drawing. Raise it if ``continuations.generate`` comes to give other texts."""
 
 _PARAGRAPHS, _OPENING = 32, 32
 """Number of ordinary paragraphs for the divergence, and of tokens at their beginning."""
@@ -102,7 +99,7 @@ def passages_of(bench: Bench, prompts: Sequence[str], draws: Draws) -> Passages 
         OptionError, SourceError: the model is to be streamed, or memory ran out.
         DestinationError: the cache cannot be written.
     """
-    model = bench.load_resident(bench.held_out)
+    model = bench.load_measured()
     key = cache_key(_continuation_inputs(bench, prompts, draws))
     path = cache_folder() / "continuations" / f"{key}.json"
     drawn = _kept(path, [draws.samples] * len(prompts))
@@ -149,7 +146,7 @@ class Headline:
 
     def __init__(self, bench: Bench, prompts: Prompts, prose: Prose) -> None:
         draws = Draws(seed=bench.recipe.seed)
-        model = bench.load_resident(bench.held_out)
+        model = bench.load_measured()
         self._ordinary = ordinary_text(model, prose)
         self._bench, self._model, self._draws = bench, model, draws
         self._prompts = len(prompts.texts)

@@ -99,8 +99,8 @@ class SearchTexts:
     """The search part, and its log-probabilities under the unedited model.
 
     Args:
-        bench: whose unedited model is run, in the dtype of its measurements. A fit that needs
-            another one in between releases it.
+        bench: whose unedited model is run, in the dtype of its measurements. A fit in
+            another dtype releases that model.
         part: the part of the texts on which a strength is chosen.
         prompts: to be continued by the unedited model; None for none.
         first: the lowest layer that any trial edits.
@@ -144,7 +144,7 @@ class SearchTexts:
 
     @property
     def _model(self) -> LanguageModel:
-        return self._bench.load_resident(self._bench.held_out)
+        return self._bench.load_measured()
 
     def _with_before(self, texts: Mapping[str, _Text], first: int) -> _Added:
         scored, model = [texts[kind].sentences for kind in _SCORED if kind in texts], self._model
@@ -214,7 +214,7 @@ def _texts_of(bench: Bench, part: Part) -> dict[str, _Text]:
     Raises:
         DataError: it has a single paragraph, at which no standard error can be known.
     """
-    model = bench.load_resident(bench.held_out)
+    model = bench.load_measured()
     encode, pairs = Encoder(model.tokenizer, model.module), part.pairs.pairs
     groups = [pair.group or pair.neutral for pair in pairs]
     prose = part.prose.paragraphs

@@ -21,7 +21,7 @@ from converter.calibration.pairs import MIN_PAIRS, Pair, Pairs, check_num_pairs,
 from converter.calibration.statistics import cache_key
 from converter.calibration.word_list import WordList
 from converter.errors import DataError
-from converter.evaluation.continuations import generate
+from converter.evaluation.continuations import CONTINUATION_VERSION, generate
 from converter.evaluation.prompts import Prompts, load_prompts
 from converter.evaluation.scorers import load_scorer, origin_of, scores_of
 from converter.manifest import DrawnRecord, Manifest, Origin
@@ -235,6 +235,7 @@ def _continuations(bench: Bench, prompts: Sequence[str], seed: int) -> list[list
         "dtype": str(bench.dtype),
         "attention": bench.how.attention,
         "libraries": {name: version(name) for name in ("tokenizers", "torch", "transformers")},
+        "continuation_version": CONTINUATION_VERSION,
     }
     path = cache_folder() / "continuations" / f"{cache_key(inputs)}.json"
     with suppress(OSError, msgspec.DecodeError):  # there are none, or they are damaged

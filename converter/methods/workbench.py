@@ -151,8 +151,15 @@ class Bench:
             self.pieces.module = self.model.module
         return self.model
 
-    def load_resident(self, dtype: torch.dtype | None = None) -> LanguageModel:
-        """The same, in memory as a whole. Raises OptionError or SourceError."""
+    def load_resident(self) -> LanguageModel:
+        """The model of the fit, in memory as a whole. Raises OptionError or SourceError."""
+        return self._resident(self.dtype)
+
+    def load_measured(self) -> LanguageModel:
+        """The same in the dtype of measurements on held-out text."""
+        return self._resident(self.held_out)
+
+    def _resident(self, dtype: torch.dtype) -> LanguageModel:
         self.forward.need_resident()
         model = self.load(dtype)
         assert isinstance(model, LanguageModel)

@@ -350,23 +350,26 @@ def choose_device(device: str) -> str:
 
 
 def held_out_dtype(asked: str, plan: Plan, device: str) -> torch.dtype:
-    """The dtype of measurements on held-out text: that of the fit, or with ``mixed`` bfloat16.
+    """The dtype of measurements on held-out text.
 
-    ``auto`` is ``mixed`` on a processor that multiplies bfloat16, if bfloat16 does not round the
-    weights. A measurement is a difference between an edited and an unedited model, both in this
-    dtype. The fit does not depend on it.
+    bfloat16 if ``mixed`` is asked for, or if ``auto`` finds a processor that multiplies it and all
+    weights stored in it; else the dtype of the fit. A measurement is a difference between an edited
+    and an unedited model, both in this dtype. The fit does not depend on it.
 
     Raises:
-        OptionError: ``mixed``, and bfloat16 would round the weights.
+        OptionError: ``mixed``, and bfloat16 would round the weights that are edited.
     """
-    stored = {target.info.dtype for target in plan.targets} - {"BF16"}
-    if asked == "mixed" and stored:
+    edited = {target.info.dtype for target in plan.targets} - {"BF16"}
+    if asked == "mixed" and edited:
         raise OptionError(
-            "--forward-dtype mixed", expected="weights stored in bfloat16", found=min(stored),
+            "--forward-dtype mixed", expected="weights stored in bfloat16", found=min(edited),
             hint="give --forward-dtype float32",
         )  # fmt: skip
-    fast = asked == "auto" and device == "cpu" and not stored and _multiplies_bfloat16()
-    return torch.bfloat16 if asked == "mixed" or fast else choose_dtype(asked, plan, device)
+    if asked == "auto" and device == "cpu" and _multiplies_bfloat16():
+        headers = plan.headers.values()
+        stored = {info.dtype for header in headers for info in header.tensors.values()}
+        asked = "mixed" if stored == {"BF16"} else asked
+    return torch.bfloat16 if asked == "mixed" else choose_dtype(asked, plan, device)
 
 
 def _multiplies_bfloat16() -> bool:

@@ -65,7 +65,9 @@ def make_manifest(
     originals = source.original_files()
     ran = bench.has_run or recipe.activations is None  # or ran in an earlier run
     several = len(fitted.steps) > 1
-    other = str(bench.held_out).removeprefix("torch.") if bench.held_out != bench.dtype else None
+    measured = fitted.guard is not None or any(step.choice.automatic for step in fitted.steps)
+    differs = measured and bench.held_out != bench.dtype
+    other = str(bench.held_out).removeprefix("torch.") if differs else None
     return Manifest(
         schema_version=SCHEMA_VERSION,
         tool=TOOL,

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.metadata import version
 from io import BufferedReader
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -167,20 +168,24 @@ def load(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+_PATCHING = Lock()
+
+
 @contextmanager
 def _parsed_once() -> Iterator[Callable[[str], Any]]:
-    """Within this context, a file is parsed once: transformers would do so for the config, the
-    tensors and the tokenizer, in seconds each.
+    """Within this context, a file is parsed once. transformers parses it anew for the config, the
+    tensors and the tokenizer, which takes seconds each time.
     """
     import gguf
 
     library: Any = gguf
-    known = library.GGUFReader
-    library.GGUFReader = parse = cache(known)
-    try:
-        yield parse
-    finally:
-        library.GGUFReader = known
+    with _PATCHING:
+        known = library.GGUFReader
+        library.GGUFReader = parse = cache(known)
+        try:
+            yield parse
+        finally:
+            library.GGUFReader = known
 
 
 class _Percent(io.StringIO):
