@@ -756,7 +756,8 @@ class EvaluationSettings(Record, kw_only=True):
         costs: perplexity ratios that strengths were chosen for; empty for the strength under the
             budget.
         dtype: of the measurements.
-        fit_dtype: of the forward passes that systems were fitted, and their strengths chosen, with.
+        fit_dtype: of the forward passes that systems were fitted, and their strengths chosen, with;
+            None if it is the same.
         word_list: its sha256.
         text_sha256: of the text for perplexity; None if there was none.
         options: of the method, as typed.
@@ -775,7 +776,6 @@ class EvaluationSettings(Record, kw_only=True):
     costs: tuple[float, ...]
     device: str
     dtype: str
-    fit_dtype: str
     word_list: Sha256
     neutral: str
     text_sha256: Sha256 | None
@@ -795,6 +795,7 @@ class EvaluationSettings(Record, kw_only=True):
     text_tokens: int | None
     window: int
     defence_set: int | None = None
+    fit_dtype: str | None = None
 
 
 UNEDITED, EDITED = "unedited", "edited"

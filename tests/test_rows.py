@@ -31,7 +31,7 @@ def asked(planted: Path, tmp_path: Path) -> tuple[object, ...]:
     return (
         "evaluate", planted, *planted_args(planted), "--num-pairs", 100,
         "--prompts", tmp_path / "prompts.txt", "--text", tmp_path / "text.txt",
-        "--scorer", "bad-words", "--max-new-tokens", 8, "--samples", 2, "--passages", 8,
+        "--scorer", "bad-words", "--max-new-tokens", 8, "--samples", 2, "--passages", 24,
         "--system", "gloss", "--system", "random:rank=2", "--seeds", 2, "--json",
         "--results", tmp_path / "results.json", "--continuations", tmp_path / "rows.jsonl",
     )  # fmt: skip

@@ -141,6 +141,7 @@ def _settings(
 ) -> EvaluationSettings:
     """The settings needed to repeat the measurement."""
     recipe, asked = bench.recipe, battery.asked
+    fits_alike = bench.dtype == bench.held_out
     prompts, text = battery.prompts, battery.text
     return EvaluationSettings(
         source=bench.source.name,
@@ -148,7 +149,6 @@ def _settings(
         costs=tuple(comparison.costs),
         device=bench.device,
         dtype=str(bench.held_out).removeprefix("torch."),
-        fit_dtype=str(bench.dtype).removeprefix("torch."),
         word_list=bench.words.sha256,
         neutral=without_folders(recipe.neutral),
         text_sha256=None if text is None else hashlib.sha256(text.encode()).hexdigest(),
@@ -168,4 +168,5 @@ def _settings(
         text_tokens=asked.text_tokens,
         window=WINDOW,
         defence_set=builtin_set().version if asked.defence else None,
+        fit_dtype=None if fits_alike else str(bench.dtype).removeprefix("torch."),
     )
