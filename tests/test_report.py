@@ -257,10 +257,10 @@ def test_every_point_of_the_demo_has_its_name_beside_it() -> None:
     chart = cost_chart(Manifest.from_json(json.loads(DEMO.read_text("utf-8"))))
     assert chart is not None
     assert [point.name for point in chart.points if point.place] == [
-        "no edit", "this edit, part 0.6", "part 0.4", "part 0.6", "part 0.8", "control 1",
+        "no edit", "this edit, part 0.5", "part 0.4", "part 0.5", "part 0.6", "control 1",
         "control 2", "control 3",
     ]  # fmt: skip
-    assert [tick.label for tick in chart.x_ticks] == ["+0 %", "+1 %", "+2 %", "+3 %"]
+    assert [tick.label for tick in chart.x_ticks] == ["+0 %", "+1 %", "+2 %"]
     assert [tick.label for tick in chart.y_ticks] == ["0 %", "50 %", "100 %"]
 
 
@@ -293,7 +293,7 @@ def test_every_measurement_has_a_unit_and_names_its_edit() -> None:
     for place, edit in {
         "guard.headline.words.teacher_forced": "the edit, own text",
         "guard.controls[1].teacher_forced": "control 2, held-out pairs",
-        "choice.tried[2].teacher_forced": "strength 0.8, tried",
+        "choice.tried[2].teacher_forced": "strength 0.6, tried",
     }.items():
         assert rows[place][:2] == ("probability of toxic words", edit)
         assert rows[place][4] == "times as before; below 1 is better"
