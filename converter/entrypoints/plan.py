@@ -56,7 +56,7 @@ def describe_plan(
     edited = Counter(weight.shard for weight in weights)
     sizes = sorted((weight.info.nbytes for weight in weights), reverse=True)
     device = choose_device(recipe.device)
-    held_out_dtype(recipe.forward_dtype, plan, device)
+    held_out_dtype(recipe.forward_dtype, plan, device)  # refuses what it cannot be
     dtype = choose_dtype(recipe.forward_dtype, plan, device)
     forward = choose_forward(
         recipe.forward, plan, dtype, device, settings.memory_limit, spread=recipe.device == "map"

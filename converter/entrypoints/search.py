@@ -110,7 +110,7 @@ def check_search(recipe: Recipe, settings: Settings) -> tuple[Source, Plan, list
         source, plan, _ = prepare(own)
         spaces.append(Space.of(own.method, own.options, implied, plan))
     device, spread = choose_device(recipe.device), recipe.device == "map"
-    held_out_dtype(recipe.forward_dtype, plan, device)
+    held_out_dtype(recipe.forward_dtype, plan, device)  # refuses what it cannot be
     dtype = choose_dtype(recipe.forward_dtype, plan, device)
     limit = settings.memory_limit
     forward = choose_forward(recipe.forward, plan, dtype, device, limit, spread=spread)

@@ -85,13 +85,13 @@ class Bench:
     gains: Mapping[int, Tensor]
     forward: Forward
     how: Loading
+    held_out: torch.dtype
     model: Model | None = None
     has_run: bool = False
     part: Part = _NO_TEXTS
     seen: Activations | None = None
     former: Edit | None = None
     taught: Instances | None = None
-    held_out: torch.dtype = torch.float32
     loaded: torch.dtype = torch.float32
     pieces: Pieces | None = None
 
@@ -121,9 +121,10 @@ class Bench:
         forward = choose_forward(
             recipe.forward, plan, dtype, device, settings.memory_limit, spread=how.spread
         )
-        bench = cls(recipe, source, plan, words, vocabulary, device, dtype, gains, forward, how)
-        bench.held_out = held_out_dtype(recipe.forward_dtype, plan, device)
-        return bench
+        held_out = held_out_dtype(recipe.forward_dtype, plan, device)
+        return cls(
+            recipe, source, plan, words, vocabulary, device, dtype, gains, forward, how, held_out
+        )
 
     def load(self, dtype: torch.dtype | None = None) -> Model:
         """The unedited model, loaded at the first call, or prepared for streaming.
